@@ -1,0 +1,37 @@
+"""Rate limits, sessions and upstream dispatch at the front door of a Python web application."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gatekeeper.commands import Verdict
+    from gatekeeper.errors import GatekeeperError, Limited, SettingsError, StoreError
+    from gatekeeper.keeper import Gatekeeper, Limiter
+
+__version__ = "0.1.0"
+
+__all__ = ["Gatekeeper", "GatekeeperError", "Limited", "Limiter", "SettingsError", "StoreError", "Verdict"]
+
+_HOMES = {
+    "Gatekeeper": "gatekeeper.keeper",
+    "GatekeeperError": "gatekeeper.errors",
+    "Limited": "gatekeeper.errors",
+    "Limiter": "gatekeeper.keeper",
+    "SettingsError": "gatekeeper.errors",
+    "StoreError": "gatekeeper.errors",
+    "Verdict": "gatekeeper.commands",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Lazily, so that importing one room does not import the house.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,204 @@
+"""What the core may ask of a store or of the shell around it, and the two drivers that carry it out.
+
+The core never waits. It is written as generators that *yield* questions and *return* results; `run` answers
+them blocking, `arun` awaiting. So one core serves WSGI and ASGI, and is tested by sending answers to it.
+
+Times are integers of nanoseconds on the store's clock: integers make decisions exact, and equal in each store.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from inspect import isawaitable
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
+
+from gatekeeper.errors import StoreError
+
+NEVER: Final = 1 << 62
+"""A wait in nanoseconds that does not end (some 146 years): the cost is greater than the limit itself."""
+
+State: TypeAlias = int
+"""All that an algorithm remembers of a key, in one integer; 0 is a key that was never hit."""
+
+
+class Verdict:
+    """The answer to one hit.
+
+    - `allowed`: whether the hit was admitted (and, unless it was a peek, spent).
+    - `limit`: the quota (for `gcra` the burst), in units of cost.
+    - `remaining`: what is left of it after this answer, never negative.
+    - `reset_after`: seconds until `remaining` grows, 0.0 when the quota is whole.
+    - `retry_after`: seconds until the same cost would be admitted if nothing else came; 0.0 when it was;
+      `math.inf` when the cost is above the limit.
+    - `receipt`: hand it to a give-back to undo exactly this hit; None if nothing was spent.
+    """
+
+    __slots__ = ("allowed", "limit", "receipt", "remaining", "reset_ns", "retry_ns")
+
+    def __init__(
+        self, allowed: bool, limit: int, remaining: int, reset_ns: int, retry_ns: int, receipt: int | None
+    ) -> None:
+        self.allowed = allowed
+        self.limit = limit
+        self.remaining = remaining
+        self.reset_ns = reset_ns
+        self.retry_ns = retry_ns
+        self.receipt = receipt
+
+    @property
+    def reset_after(self) -> float:
+        return self.reset_ns / 1e9
+
+    @property
+    def retry_after(self) -> float:
+        return math.inf if self.retry_ns >= NEVER else self.retry_ns / 1e9
+
+    def __bool__(self) -> bool:
+        return self.allowed
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Verdict):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, as its neighbours are
+
+    def __repr__(self) -> str:
+        what = "allowed" if self.allowed else f"refused, retry after {self.retry_after:g} s"
+        return f"<Verdict {what}, {self.remaining} of {self.limit} left, reset after {self.reset_after:g} s>"
+
+
+class Limit(Protocol):
+    """What a hit counts against: an algorithm with its numbers, and the space its keys live in."""
+
+    @property
+    def space(self) -> str:
+        """Names the table of keys: rule, algorithm, schema version and period, never the amount.
+
+        So that raising a limit keeps what was used, and changing the algorithm never reads foreign state.
+        """
+
+    @property
+    def step(self) -> Callable[[State, int, int], tuple[State, Verdict]]:
+        """(state, now, cost) -> (the state to keep, verdict). A refusal returns the state as it was."""
+
+    @property
+    def give(self) -> Callable[[State, int, int, int], State]:
+        """(state, now, cost, receipt) -> the state without that hit, as far as it still counts."""
+
+    @property
+    def lifetime_ns(self) -> int:
+        """How long after the last step a state can still matter."""
+
+
+Hit: TypeAlias = tuple[Limit, str, int]
+"""(limit, key, cost). A bare tuple, for one is built for each rate of each request."""
+
+Give: TypeAlias = tuple[Limit, str, int, int]
+"""(limit, key, cost, receipt)."""
+
+
+class Batch(list[Hit]):
+    """Commands for one store, carried out in one atomic step: `gives`, then `resets`, then the hits.
+
+    It is the list of its hits, for most batches are nothing else. All of them are admitted, or none is spent;
+    with `spend` false they are only looked at. `local` sends the batch to the process's own store, the stand-in
+    while the real one does not answer.
+    """
+
+    gives: Sequence[Give] = ()
+    resets: Sequence[tuple[Limit, str]] = ()
+    spend: bool = True
+    local: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        hits: Iterable[Hit] = (),
+        *,
+        gives: Sequence[Give] = (),
+        resets: Sequence[tuple[Limit, str]] = (),
+        spend: bool = True,
+        local: bool = False,
+    ) -> Batch:
+        batch = cls(hits)
+        batch.gives, batch.resets, batch.spend, batch.local = gives, resets, spend, local
+        return batch
+
+    def __repr__(self) -> str:
+        return f"<Batch hits={list(self)} gives={self.gives} resets={self.resets} spend={self.spend}>"
+
+
+Replies: TypeAlias = list[Verdict | StoreError]
+"""The answers to a batch: one for each hit, in order, and each may be a StoreError of its own.
+
+When one hit is refused, the verdicts of the others show their quota unspent, with no receipt.
+"""
+
+
+class Call:
+    """A function of the user's to be called by the shell, which may await it."""
+
+    __slots__ = ("argument", "function")
+
+    def __init__(self, function: Callable[[Any], Any], argument: object) -> None:
+        self.function = function
+        self.argument = argument
+
+
+R = TypeVar("R")
+Question: TypeAlias = Batch | Call
+Steps: TypeAlias = Generator[Question, Any, R]
+
+
+class Store(Protocol):
+    """Where counters live. `ask` and `aask` give the same answers; neither raises StoreError: it is a reply."""
+
+    local: bool
+    """True if `ask` never waits for another machine, so that it may be called on an event loop."""
+
+    def ask(self, batch: Batch) -> Replies: ...
+
+    async def aask(self, batch: Batch) -> Replies: ...
+
+    def close(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+def run(steps: Steps[R], ask: Callable[[Batch], Replies]) -> R:
+    """Drive a core generator to its result, blocking."""
+    answer: Any = None
+    try:
+        while True:
+            question = steps.send(answer)
+            answer = ask(question) if question.__class__ is Batch else _call(question)  # type: ignore[arg-type]
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+async def arun(steps: Steps[R], ask: Callable[[Batch], Awaitable[Replies]]) -> R:
+    """Drive a core generator to its result, awaiting."""
+    answer: Any = None
+    try:
+        while True:
+            question = steps.send(answer)
+            if isinstance(question, Batch):
+                answer = await ask(question)
+            else:
+                answer = question.function(question.argument)
+                if isawaitable(answer):
+                    answer = await answer
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+def _call(question: Call) -> object:
+    answer = question.function(question.argument)
+    if isawaitable(answer):
+        close = getattr(answer, "close", None)
+        if close is not None:
+            close()
+        raise TypeError(f"{question.function!r} is asynchronous and cannot be called from blocking code")
+    return answer

@@ -1,0 +1,108 @@
+"""Limits on functions: `@gk.limit("5/minute")`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+from gatekeeper.commands import Steps, arun, run
+from gatekeeper.errors import Limited, SettingsError
+from gatekeeper.gate import Ticket, tightness
+from gatekeeper.ratelimit.rates import parse_rates
+from gatekeeper.ratelimit.rules import Rule
+from gatekeeper.settings import load_settings
+
+if TYPE_CHECKING:
+    from gatekeeper.keeper import Gatekeeper
+
+CURRENT: ContextVar[Ticket | None] = ContextVar("gatekeeper", default=None)
+"""The ticket of the request that is being served. Set by the middleware where functions are decorated."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def limit(
+    keeper: Gatekeeper, rate: str, key: str | Sequence[str], cost: int, name: str | None
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """What `Gatekeeper.limit` says."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        is_async = _is_async(function)
+        label = f"{function.__module__}.{function.__qualname__}"
+        told = name or re.sub(r"[^A-Za-z0-9._-]+", "-", function.__name__.strip("_"))[:64] or "function"
+        space = name or f"*{label}"
+        inside = _rule(rate, key, cost, told, space)
+        # Outside of a request there is no client: the function itself is whom the quota belongs to.
+        outside = _rule(rate, "ip", cost, told, space)
+
+        def charge() -> Steps[None]:
+            ticket, rule = _ticket(keeper), inside
+            if ticket is None:
+                ticket, rule = Ticket(keeper.gate, None, f"*{label}"), outside  # type: ignore[arg-type]
+            ticket.status = 0
+            before = len(ticket.hits)
+            yield from keeper.gate.extend(ticket, (rule,))
+            if ticket.status:
+                raise Limited(min(ticket.verdicts[before:], key=tightness))
+
+        if is_async:
+
+            @functools.wraps(function)
+            async def limited_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+                if keeper.awaits:
+                    await arun(charge(), keeper.aask)
+                else:
+                    run(charge(), keeper.ask)
+                return await function(*args, **kwargs)  # type: ignore[misc]
+
+            return cast(Callable[P, T], limited_async)
+
+        @functools.wraps(function)
+        def limited(*args: P.args, **kwargs: P.kwargs) -> T:
+            run(charge(), keeper.ask)
+            return function(*args, **kwargs)
+
+        return limited
+
+    return decorate
+
+
+def _rule(rate: str, key: str | Sequence[str], cost: int, name: str, space: str) -> Rule:
+    """The rule of a decorator, checked as one from a file would be."""
+    written = {"name": name, "rate": rate, "key": key if isinstance(key, str) else list(key), "cost": cost}
+    try:
+        (limit,) = load_settings({"limits": [written]}).limits
+    except SettingsError as error:
+        raise SettingsError([problem.removeprefix("limits[0].") for problem in error.problems]) from None
+    return Rule(limit.name, parse_rates(";".join(limit.rate)), keys=limit.key, cost=limit.cost, space=space)
+
+
+def _ticket(keeper: Gatekeeper) -> Ticket | None:
+    current = CURRENT.get()
+    if current is None or current.gate is keeper.gate:
+        return current
+    # The middleware around us is another Gatekeeper's, whose counters are not ours: only the request is shared.
+    return keeper.gate.ticket(current.request)
+
+
+def _is_async(function: object) -> bool:
+    """Whether calls are awaited. Raises TypeError for what a limit on calls would silently not limit."""
+    if isinstance(function, type):
+        raise TypeError("limit: expected a function, not a class; decorate its methods")
+    if isinstance(function, staticmethod | classmethod):
+        raise TypeError(f"limit: expected a function; put @limit below @{type(function).__name__}")
+    if not callable(function):
+        raise TypeError(f"limit: expected a function, not {type(function).__name__}")
+    plain = inspect.unwrap(function)
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    if not inspect.isroutine(plain):
+        raise TypeError("limit: expected a function, not an object that can be called; decorate its __call__")
+    if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+        raise TypeError("limit: expected no generator function: its body runs when it is iterated, not when called")
+    return inspect.iscoroutinefunction(plain)

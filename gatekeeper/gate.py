@@ -1,0 +1,251 @@
+"""The flow of one request, as generators that ask and return: admit, extend, respond, finish.
+
+Nothing here waits, reads a clock or knows a framework. `gatekeeper.commands.run` and `arun` drive it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from gatekeeper.commands import Batch, Call, Give, Hit, Replies, Steps, Verdict
+from gatekeeper.errors import StoreError
+from gatekeeper.http.fields import Fields, wants_problem
+from gatekeeper.http.message import Request
+from gatekeeper.http.routes import Table
+from gatekeeper.identity import Identity
+from gatekeeper.ratelimit.fields import common_fields, limit_field, policy_field, refusal_body, retry_seconds
+from gatekeeper.ratelimit.rules import RateLimit, Rule, outcome_matches
+
+DENIED_WAIT_NS = 1_000_000_000
+"""How long a client is told to wait when a rule denies because its store does not answer."""
+
+
+class Refusal(NamedTuple):
+    """The answer that is given in the application's place."""
+
+    status: int
+    fields: Fields
+    body: bytes
+
+
+class Charge(NamedTuple):
+    """One rate of one rule, asked for one request."""
+
+    limit: RateLimit
+    key: str
+    cost: int
+    verdict: Verdict
+
+
+class Ticket:
+    """The one context of a request, in `scope["gatekeeper"]` or `environ["gatekeeper"]`.
+
+    - `request`; `address`: the client's, behind trusted proxies; `user`: None if unknown
+    - `status`: 0 while the request is admitted, else the status it was refused with (429, or 503 when a store
+      did not answer and the rule denies)
+    - `charges`: each rate that was asked, with its verdict
+    """
+
+    __slots__ = (
+        "_asked_user", "address", "gate", "hits", "is_open", "request", "rules", "status", "user", "verdicts",
+    )  # fmt: skip
+
+    def __init__(self, gate: Gate, request: Request, address: str) -> None:
+        self.gate = gate
+        self.request = request
+        self.address = address
+        self.user: str | None = None
+        self.status = 0
+        # Rules, hits and verdicts in the order they were asked: a hit for each rate of each rule.
+        self.rules: tuple[Rule, ...] = ()
+        self.hits: Sequence[Hit] = ()
+        self.verdicts: Sequence[Verdict] = ()
+        # Whether `finish` has something to do.
+        self.is_open = False
+        self._asked_user = False
+
+    @property
+    def allowed(self) -> bool:
+        return not self.status
+
+    @property
+    def charges(self) -> list[Charge]:
+        return [
+            Charge(limit, key, cost, verdict)  # type: ignore[arg-type]  # a gate asks only of RateLimits
+            for (limit, key, cost), verdict in zip(self.hits, self.verdicts, strict=True)
+        ]
+
+    @property
+    def tightest(self) -> Charge | None:
+        """The charge closest to exhaustion, or the refusal with the longest wait; None if no rule applied."""
+        return min(self.charges, key=lambda charge: tightness(charge.verdict), default=None)
+
+    def __repr__(self) -> str:
+        return f"<Ticket {self.request.method} {self.address}: {list(self.verdicts)}>"
+
+
+class Gate:
+    """A policy, compiled: the same for every request until another gate takes its place.
+
+    - `rules`, in the order of the settings
+    - `fields`: whether responses tell the client its quota
+    - `failures`: how often a rule was decided without its store, by "rule:policy"
+    """
+
+    __slots__ = ("_fields", "_identity", "_policies", "_table", "failures", "rules")
+
+    def __init__(self, rules: Iterable[Rule], identity: Identity, *, fields: bool = True) -> None:
+        self.rules = tuple(rules)
+        self.failures: Counter[str] = Counter()
+        self._identity = identity
+        self._fields = fields
+        self._table = Table((rule.pattern, rule) for rule in self.rules)
+        self._policies: dict[tuple[Rule, ...], tuple[bytes, bytes]] = {}
+
+    def ticket(self, request: Request) -> Ticket:
+        """A ticket that nothing has been charged to."""
+        return Ticket(self, request, self._identity.address(request))
+
+    def admit(self, request: Request) -> Steps[Ticket]:
+        """Identify the client and charge the rules that match; `Ticket.allowed` is the decision."""
+        rules = self._table.match(request)
+        if rules and request.method == "OPTIONS" and _is_preflight(request):
+            rules = tuple(rule for rule in rules if rule.preflights)
+        return self.extend(self.ticket(request), rules)
+
+    def extend(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[Ticket]:
+        """Charge a request for rules: those that match, later those of decorators on its way.
+
+        All or nothing: if these refuse, what the request spent before is given back.
+        """
+        if not rules:
+            return ticket
+        hits: list[Hit] = []
+        for rule in rules:
+            if rule.is_special:
+                ticket.is_open = ticket.is_open or bool(rule.gives_back)
+                if rule.needs_user and not ticket._asked_user:
+                    yield from self._ask_user(ticket)
+            key, cost = rule.key(ticket), rule.cost
+            for limit in rule.limits:
+                hits.append((limit, key, cost))
+        verdicts: Replies = yield Batch(hits)
+        for verdict in verdicts:
+            if not verdict.allowed:
+                hits, verdicts = yield from self._refuse(ticket, hits, verdicts)
+                break
+        if ticket.hits:  # a decorator's come after those that matched
+            rules = ticket.rules + rules
+            hits = [*ticket.hits, *hits]
+            verdicts = [*ticket.verdicts, *verdicts]
+        ticket.rules = rules
+        ticket.hits = hits
+        ticket.verdicts = verdicts  # type: ignore[assignment]  # no StoreError is left
+        return ticket
+
+    def respond(self, ticket: Ticket) -> Fields:
+        """The fields to add to a response, before its head is sent.
+
+        `RateLimit` of the charge closest to exhaustion, and `RateLimit-Policy` of all that applied.
+        """
+        hits = ticket.hits
+        if not hits or not self._fields:
+            return []
+        verdicts = ticket.verdicts
+        if len(hits) == 1:
+            limit: RateLimit = hits[0][0]  # type: ignore[assignment]  # a gate asks only of RateLimits
+            return [limit_field(limit, verdicts[0]), limit.policy_field]
+        place = min(range(len(hits)), key=lambda place: tightness(verdicts[place]))
+        policy = self._policies.get(ticket.rules) or self._policy(ticket.rules)
+        return [limit_field(hits[place][0], verdicts[place]), policy]  # type: ignore[arg-type]
+
+    def _policy(self, rules: tuple[Rule, ...]) -> tuple[bytes, bytes]:
+        # As many as there are combinations of rules on a request's way, which a client cannot make up.
+        policy = self._policies[rules] = policy_field(rules)
+        return policy
+
+    def finish(self, ticket: Ticket, status: int | None) -> Steps[None]:
+        """End a request, with this status or (None) because the client left before the answer ended."""
+        if ticket.is_open:
+            ticket.is_open = False
+            yield from self._give_back(
+                charge for charge in ticket.charges if outcome_matches(charge.limit.rule.gives_back, status)
+            )
+
+    def refusal(self, ticket: Ticket, verdict: Verdict | None = None) -> Refusal:
+        """The answer to a request whose ticket is not allowed, or that `verdict` of another limit refused."""
+        refused = [charge for charge in ticket.charges if not charge.verdict.allowed]
+        status = ticket.status or 429
+        retry = retry_seconds([charge.verdict for charge in refused] or [verdict] if verdict else [])
+        kind, body = refusal_body(
+            [charge.limit.name for charge in refused],
+            retry,
+            status=status,
+            problem=wants_problem(ticket.request.field("accept")),
+        )
+        return Refusal(status, common_fields(retry, kind, body) + self.respond(ticket), body)
+
+    def _ask_user(self, ticket: Ticket) -> Steps[None]:
+        identity = self._identity
+        ticket._asked_user = True
+        if identity.user is None:
+            ticket.user = identity.named_user(ticket.request)
+        else:
+            user = yield Call(identity.user, ticket.request)
+            ticket.user = None if user is None else str(user)
+
+    def _refuse(self, ticket: Ticket, hits: list[Hit], verdicts: Replies) -> Steps[tuple[list[Hit], Replies]]:
+        """Some hit was not allowed: refused, or its store did not answer and the rule's policy decides."""
+        kept: list[tuple[Hit, Verdict]] = []
+        standins: list[Hit] = []
+        refused = denied = False
+        for hit, verdict in zip(hits, verdicts, strict=True):
+            if not isinstance(verdict, StoreError):
+                kept.append((hit, verdict))
+                refused = refused or not verdict.allowed
+                continue
+            limit: RateLimit = hit[0]  # type: ignore[assignment]
+            policy = limit.rule.on_error
+            self.failures[f"{limit.rule.name}:{policy}"] += 1
+            if policy == "deny":
+                denied = True
+                kept.append((hit, Verdict(False, limit.algorithm.limit, 0, 0, DENIED_WAIT_NS, None)))
+            elif policy == "local" and limit.standin is not None:
+                standins.append((limit.standin, *hit[1:]))
+        if standins:
+            replies: Replies = yield Batch.of(standins, local=True)
+            for hit, verdict in zip(standins, replies, strict=True):
+                assert isinstance(verdict, Verdict)  # the process's own store is memory: it always answers
+                kept.append((hit, verdict))
+                refused = refused or not verdict.allowed
+        if refused or denied:
+            ticket.status = 429 if refused else 503
+            spent = [Charge(*hit, verdict) for hit, verdict in kept]  # type: ignore[arg-type]
+            yield from self._give_back([*ticket.charges, *spent])
+        return [hit for hit, _ in kept], [verdict for _, verdict in kept]
+
+    def _give_back(self, charges: Iterable[Charge]) -> Steps[None]:
+        """Undo these charges, each exactly, and each at most once."""
+        gives: dict[bool, list[Give]] = {False: [], True: []}
+        for limit, key, cost, verdict in charges:
+            if verdict.receipt is not None:
+                gives[limit.standin is None].append((limit, key, cost, verdict.receipt))
+                verdict.receipt = None
+                verdict.remaining += cost
+        for local, batch in gives.items():
+            if batch:
+                yield Batch.of(gives=batch, local=local)
+
+
+def _is_preflight(request: Request) -> bool:
+    """A browser asks whether a script may send a request (Fetch standard, CORS-preflight)."""
+    return request.field("origin") is not None and request.field("access-control-request-method") is not None
+
+
+def tightness(verdict: Verdict) -> tuple[bool, float]:
+    """Sorts what is closest to exhaustion first: refusals, then the smallest part left."""
+    if not verdict.allowed:
+        return (False, -verdict.retry_ns)
+    return (True, verdict.remaining / verdict.limit)

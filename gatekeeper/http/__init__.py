@@ -1,0 +1,1 @@
+"""The words of HTTP: a neutral request, fields, route patterns."""

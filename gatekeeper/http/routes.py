@@ -1,0 +1,183 @@
+"""Patterns of requests: `[METHOD|METHOD] [host]/path` with {name}, {name:path} and a final `*`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final, Generic, TypeVar
+
+from gatekeeper.errors import GatekeeperError
+from gatekeeper.http.message import Request
+
+EXPECTED: Final = (
+    'a pattern "[METHOD|METHOD] [host]/path", as in "/api/*", "POST /login" or "GET example.com/users/{id}" '
+    "({name} is one segment, {name:path} the rest, * only at the end after a slash)"
+)
+
+_UNTIDY: Final = re.compile(r"//|/\.|[^/]/\Z|\n\Z")
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_HOST: Final = re.compile(r"(\*\.)?[0-9a-z_-]+(\.[0-9a-z_-]+)*|\[[0-9a-f:.]+\]")
+_PART: Final = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:path)?\}")
+
+
+class PatternError(GatekeeperError, ValueError):
+    """The text is not a pattern. The message says what is expected and does not repeat the text."""
+
+
+def normalise(path: str) -> str:
+    """The one spelling of a decoded path: no empty, `.` or `..` segment (RFC 3986, 5.2.4), no slash at the end.
+
+    Nor a newline at the end: to a router that ends its expressions with `$`, `/login%0A` is `/login`.
+    """
+    if not _UNTIDY.search(path):
+        return path or "/"
+    path = path.removesuffix("\n")
+    segments: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            del segments[-1:]
+        elif segment not in ("", "."):
+            segments.append(segment)
+    return "/" + "/".join(segments)
+
+
+def host_of(field: str | None) -> str:
+    """The host of a `Host` field: lower case, without port and final dot."""
+    host = (field or "").strip().lower()
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0].rstrip(".")
+
+
+class Pattern:
+    """A pattern, parsed. `methods` is None for all; `GET` covers `HEAD`.
+
+    `path` is the normalised text; `exact` tells that it holds no variable part, so that a look-up decides. The
+    path of `/api/*` covers `/api` as well.
+    """
+
+    __slots__ = ("_host", "_path", "exact", "first", "host", "methods", "path", "text")
+
+    def __init__(self, text: str) -> None:
+        words = text.split() if isinstance(text, str) and len(text) <= 1024 else []
+        if len(words) not in (1, 2) or "/" not in words[-1]:
+            raise PatternError(f"expected {EXPECTED}")
+        self.text = text
+        self.methods = _methods(words[0]) if len(words) == 2 else None
+        host, slash, path = words[-1].partition("/")
+        self.host = host.lower() or None
+        if self.host and not _HOST.fullmatch(self.host):
+            raise PatternError(f"expected {EXPECTED}")
+        self.path = normalise(slash + path)
+        self.exact = not re.search(r"[{}*]", self.path)
+        self._path = None if self.exact else _compile(self.path)
+        first = self.path.split("/")[1]
+        # The first segment, where it is literal, sorts a table's patterns into drawers.
+        self.first = None if re.search(r"[{}*]", first) else first
+
+    def covers(self, method: str, host: str, path: str) -> bool:
+        """Whether a request is meant; `host` from `host_of`, `path` as it came or normalised."""
+        if self.methods is not None and method not in self.methods:
+            return False
+        if self.host is not None and not self._covers_host(host):
+            return False
+        return path == self.path if self._path is None else self._path.fullmatch(path) is not None
+
+    def _covers_host(self, host: str) -> bool:
+        if self.host is not None and self.host.startswith("*."):
+            return host.endswith(self.host[1:])
+        return host == self.host
+
+    def __repr__(self) -> str:
+        return f"Pattern({self.text!r})"
+
+
+def _methods(text: str) -> frozenset[str]:
+    methods = text.upper().split("|")
+    if not all(_TOKEN.fullmatch(method) for method in methods):
+        raise PatternError(f"expected {EXPECTED}")
+    return frozenset([*methods, "HEAD"] if "GET" in methods else methods)
+
+
+def _compile(path: str) -> re.Pattern[str]:
+    names: set[str] = set()
+    expression, position, rest = "", 0, False
+    open_end = path.endswith("/*")
+    body = path[:-2] if open_end else path
+    for part in _PART.finditer(body):
+        if position and "/" not in body[position : part.start()]:
+            # Several variables in a segment would make matching polynomial in the length of a hostile path.
+            raise PatternError(f"expected {EXPECTED}; one variable a segment")
+        expression += re.escape(_literal(body[position : part.start()]))
+        position = part.end()
+        name, is_rest = part.groups()
+        if name in names or rest:
+            raise PatternError(f"expected {EXPECTED}; each name once, and nothing variable after {{name:path}}")
+        names.add(name)
+        rest = bool(is_rest)
+        expression += f"(?P<{name}>.+)" if rest else f"(?P<{name}>[^/]+)"
+    expression += re.escape(_literal(body[position:]))
+    return re.compile(expression + ("(?:/.*)?" if open_end else ""), re.DOTALL)
+
+
+def _literal(text: str) -> str:
+    if re.search(r"[{}*]", text):
+        raise PatternError(f"expected {EXPECTED}")
+    return text
+
+
+T = TypeVar("T")
+
+
+class Table(Generic[T]):
+    """Things by pattern (None: every request), and all of them that a request matches, in their order.
+
+    Exact paths are one look-up; the others are tried only if their first segment is the request's.
+    """
+
+    __slots__ = ("_always", "_exact", "_hosts", "_open")
+
+    def __init__(self, entries: Iterable[tuple[Pattern | None, T]]) -> None:
+        always: list[T] | None = []
+        self._exact: dict[str, list[tuple[int, Pattern | None, T]]] = {}
+        self._open: dict[str | None, list[tuple[int, Pattern | None, T]]] = {}
+        self._hosts = False
+        for place, (pattern, thing) in enumerate(entries):
+            entry = (place, pattern, thing)
+            if pattern is None:
+                self._open.setdefault(None, []).append(entry)
+                if always is not None:
+                    always.append(thing)
+                continue
+            always = None
+            self._hosts |= pattern.host is not None
+            if pattern.exact:
+                self._exact.setdefault(pattern.path, []).append(entry)
+            else:
+                self._open.setdefault(pattern.first, []).append(entry)
+        # With no pattern anywhere the answer is the same for each request.
+        self._always = None if always is None else tuple(always)
+
+    def match(self, request: Request) -> tuple[T, ...]:
+        if self._always is not None:
+            return self._always
+        host = host_of(request.field("host")) if self._hosts else ""
+        path = request.path
+        found: dict[int, T] = {}
+        self._collect(found, request.method, host, normalise(path))
+        if _UNTIDY.search(path):
+            # An application may route on the path as it came, so `/open/../x` is both `/x` and under `/open/*`.
+            self._collect(found, request.method, host, path)
+        if len(found) > 1:
+            return tuple(found[place] for place in sorted(found))
+        return tuple(found.values())
+
+    def _collect(self, found: dict[int, T], method: str, host: str, path: str) -> None:
+        for place, pattern, thing in self._exact.get(path, ()):
+            if pattern is None or pattern.covers(method, host, path):
+                found[place] = thing
+        first = path[1:].partition("/")[0]
+        for drawer in (first, None):
+            for place, pattern, thing in self._open.get(drawer, ()):
+                if pattern is None or pattern.covers(method, host, path):
+                    found[place] = thing

@@ -1,0 +1,308 @@
+"""How hits are counted. Each algorithm is pure: `step(state, now, cost) -> (state, Verdict)`.
+
+A state is one integer, 0 for a key never hit; a refusal leaves it as it was. What each promises of a rate
+N/period, for every sequence of hits whatever their spacing:
+
+- `sliding_window` (default): never more than N in any window of one period.
+- `gcra`: at most burst + N·t/period in any time t.
+- `sliding_counter`: about N; in the worst case nearly 2N in some window, for it takes the hits of the window
+  before as evenly spread.
+- `fixed_window`: N in each window, so up to 2N across the seam of two.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final, Protocol
+
+from gatekeeper.commands import NEVER, State, Verdict
+from gatekeeper.ratelimit.rates import Rate
+
+NS: Final = 1_000_000_000
+
+
+class Algorithm(Protocol):
+    """An algorithm bound to a rate of `limit` units of cost in `period` seconds."""
+
+    version: ClassVar[int]
+    """The version of the state's layout: states of another are never read."""
+
+    limit: int
+    window_ns: int
+    """The window that `limit` is for, in nanoseconds."""
+
+    lifetime_ns: int
+    """How long after the last step a state can still matter, in nanoseconds."""
+
+    def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
+        """Decide on a hit of `cost` units at `now` (nanoseconds); cost 0 is a look that changes nothing."""
+
+    def give(self, state: State, now: int, cost: int, receipt: int) -> State:
+        """Take back a hit of `cost` units; what of it no longer counts is not given twice."""
+
+    def ends(self, state: State) -> int:
+        """When, in nanoseconds, the state will be as if the key had never been hit."""
+
+
+class SlidingWindow:
+    """An exact log of the hits, merged into ticks of period/64: never more than `limit` in any window.
+
+    A hit stops counting when 65 ticks have begun since its own: never early, and at most 1/64 of a period later
+    than in a log with exact times.
+
+    The whole log is one integer, so that it ages by a shift and is summed by a remainder::
+
+        … | hits 2 ticks ago | hits 1 tick ago | hits of this tick | tick (40 bits) | width (8 bits)
+
+    Each count is `width` bits wide, which holds limit + 1. For digits d of base B the number is ≡ Σd mod B − 1,
+    and Σd ≤ limit < B − 1: the remainder *is* the sum. The width depends on the limit and stands in the state,
+    so that a state outlives a change of the limit.
+    """
+
+    __slots__ = ("_mask", "_nines", "_tick_ns", "_width", "lifetime_ns", "limit", "window_ns")
+
+    version: ClassVar[int] = 1
+    TICKS: ClassVar[int] = 64
+
+    def __init__(self, limit: int, period: int) -> None:
+        self.limit = limit
+        self.window_ns = period * NS
+        self._tick_ns = self.window_ns // self.TICKS  # exact: 64 divides 10⁹
+        self.lifetime_ns = self._tick_ns * (self.TICKS + 1)
+        self._width = (limit + 1).bit_length()
+        self._nines = (1 << self._width) - 1  # B − 1: the greatest digit, too
+        self._mask = (1 << self._width * (self.TICKS + 1)) - 1
+
+    def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
+        width = self._width
+        tick_ns = self._tick_ns
+        limit = self.limit
+        tick, passed = divmod(now, tick_ns)
+        head = tick << 8 | width
+        log = state >> 48
+        age = head - (state & 0xFFFF_FFFF_FFFF)
+        if age and log:
+            if age & 0xFF:  # the limit, and so the width, was another when this was written
+                log = self._recast(log, state & 0xFF)
+                age = tick - (state >> 8 & 0xFF_FFFF_FFFF) << 8
+            if age > 0:
+                log = (log << (age >> 8) * width) & self._mask if age <= 64 << 8 else 0
+            else:  # another process's clock is ahead of ours: time stands still until we are there
+                head -= age
+                passed += (age >> 8) * tick_ns
+        spent = log % self._nines
+        left = limit - spent - cost
+        if left >= 0:
+            log += cost
+            if not log:
+                return 0, Verdict(True, limit, left, 0, 0, None)
+            reset = self.lifetime_ns - passed
+            if log > self._nines:
+                reset -= (log.bit_length() - 1) // width * tick_ns
+            return log << 48 | head, Verdict(True, limit, left, reset, 0, head if cost else None)
+        if not log:
+            return state, Verdict(False, limit, limit, 0, NEVER, None)
+        oldest = (log.bit_length() - 1) // width
+        reset = self.lifetime_ns - oldest * tick_ns - passed
+        wait = self._wait(log, oldest, -left) - passed
+        return state, Verdict(False, limit, max(0, limit - spent), reset, wait, None)
+
+    def give(self, state: State, now: int, cost: int, receipt: int) -> State:
+        width = state & 0xFF
+        age = (state >> 8 & 0xFF_FFFF_FFFF) - (receipt >> 8)
+        if not state or not 0 <= age <= self.TICKS:
+            return state
+        shift = 48 + width * age
+        count = state >> shift & (1 << width) - 1
+        state -= min(count, cost) << shift
+        return state if state >> 48 else 0
+
+    def ends(self, state: State) -> int:
+        log = state >> 48
+        if not log:
+            return 0
+        # The newest hit goes last: it stands in the lowest digit that is not nought.
+        newest = ((log & -log).bit_length() - 1) // (state & 0xFF)
+        return ((state >> 8 & 0xFF_FFFF_FFFF) - newest + self.TICKS + 1) * self._tick_ns
+
+    def _wait(self, log: int, oldest: int, need: int) -> int:
+        """How long from the start of this tick until `need` units have left the window, the oldest first."""
+        if log % self._nines < need:
+            return 2 * NEVER
+        age = oldest
+        while True:
+            need -= log >> age * self._width & self._nines
+            if need <= 0:
+                return (self.TICKS + 1 - age) * self._tick_ns
+            age -= 1
+
+    def _recast(self, log: int, width: int) -> int:
+        """The log in digits of our width. Of more hits than our limit only the newest can matter: they are kept."""
+        digit = (1 << width) - 1
+        room = self.limit
+        recast = shift = 0
+        while log and room:
+            count = min(log & digit, room)
+            recast |= count << shift
+            room -= count
+            shift += self._width
+            log >>= width
+        return recast
+
+
+class Gcra:
+    """The generic cell rate algorithm (ITU-T I.371): a token bucket of `burst` tokens, `limit` a period refilled.
+
+    The state is the theoretical arrival time (TAT) alone: when the bucket will be full again. Tokens come one by
+    one, each `period / limit` after the last, rounded up to a whole nanosecond.
+    """
+
+    __slots__ = ("_emission_ns", "lifetime_ns", "limit", "window_ns")
+
+    version: ClassVar[int] = 1
+
+    def __init__(self, limit: int, period: int, burst: int | None = None) -> None:
+        self._emission_ns = -(-period * NS // limit)
+        self.limit = limit if burst is None else burst
+        self.window_ns = self.lifetime_ns = self.limit * self._emission_ns
+
+    def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
+        emission = self._emission_ns
+        limit = self.limit
+        full = state if state > now else now
+        then = full + cost * emission
+        room = now + self.lifetime_ns - then
+        if room >= 0:
+            left = room // emission
+            if left == limit:
+                return 0, Verdict(True, limit, left, 0, 0, None)
+            return then, Verdict(True, limit, left, (left + 1) * emission - room, 0, then if cost else None)
+        left, part = divmod(max(0, now + self.lifetime_ns - full), emission)
+        wait = -room if cost <= limit else NEVER
+        # Above the whole burst (it was lowered since) more than one token may be missing before one is there.
+        reset = max(emission - part, full - now - self.lifetime_ns + emission) if full > now else 0
+        return state, Verdict(False, limit, left, reset, wait, None)
+
+    def give(self, state: State, now: int, cost: int, receipt: int) -> State:
+        # Of the hit there is left what lies between now and its own TAT; the rest has flowed back by itself.
+        # To give that too would give it twice: a hit that came later would be forgotten.
+        state -= max(0, min(cost * self._emission_ns, receipt - now))
+        return state if state > now else 0
+
+    def ends(self, state: State) -> int:
+        return state
+
+
+class SlidingCounter:
+    """Two counters, of this window and the one before, the latter weighted by how much of it is still in view.
+
+    An estimate, for it takes the earlier hits as evenly spread: when they stood at the window's end, nearly
+    2 × limit may fall within one period; when at its start, hits are refused that an exact log would admit.
+    """
+
+    __slots__ = ("lifetime_ns", "limit", "window_ns")
+
+    version: ClassVar[int] = 1
+
+    def __init__(self, limit: int, period: int) -> None:
+        self.limit = limit
+        self.window_ns = period * NS
+        self.lifetime_ns = 2 * self.window_ns
+
+    def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
+        limit, width = self.limit, self.window_ns
+        window, passed, here, before = self._at(state, now)
+        weight = -(-before * (width - passed) // width)
+        left = limit - here - weight
+        if cost <= left:
+            here += cost
+            reset = self._falls(passed, here, before, here + weight - 1)
+            verdict = Verdict(True, limit, left - cost, reset, 0, window if cost else None)
+            return (window << 64 | here << 32 | before) if here or before else 0, verdict
+        reset = self._falls(passed, here, before, here + weight - 1)
+        wait = self._falls(passed, here, before, limit - cost) if cost <= limit else NEVER
+        return state, Verdict(False, limit, max(0, left), reset, wait, None)
+
+    def give(self, state: State, now: int, cost: int, receipt: int) -> State:
+        window, here, before = state >> 64, state >> 32 & 0xFFFF_FFFF, state & 0xFFFF_FFFF
+        if receipt == window:
+            here = max(0, here - cost)
+        elif receipt == window - 1:
+            before = max(0, before - cost)
+        return window << 64 | here << 32 | before if here or before else 0
+
+    def ends(self, state: State) -> int:
+        if not state:
+            return 0
+        return ((state >> 64) + (2 if state >> 32 & 0xFFFF_FFFF else 1)) * self.window_ns
+
+    def _at(self, state: State, now: int) -> tuple[int, int, int, int]:
+        """(window, time passed in it, hits in it, hits in the one before) at `now`."""
+        window, passed = divmod(now, self.window_ns)
+        written, here, before = state >> 64, state >> 32 & 0xFFFF_FFFF, state & 0xFFFF_FFFF
+        if window == written:
+            return window, passed, here, before
+        if window < written:  # another process's clock is ahead of ours: stand at the start of its window
+            return written, 0, here, before
+        return window, passed, 0, here if window == written + 1 else 0
+
+    def _falls(self, passed: int, here: int, before: int, target: int) -> int:
+        """How long until the estimate is at most `target`, if nothing else comes."""
+        if target < 0:
+            return 0
+        width = self.window_ns
+        if here + -(-before * (width - passed) // width) <= target:
+            return 0
+        if here <= target:
+            return width - (target - here) * width // before - passed
+        return width - passed + width - target * width // here
+
+
+class FixedWindow:
+    """A counter that begins with a key's first hit and is forgotten one period later."""
+
+    __slots__ = ("lifetime_ns", "limit", "window_ns")
+
+    version: ClassVar[int] = 1
+
+    def __init__(self, limit: int, period: int) -> None:
+        self.limit = limit
+        self.window_ns = self.lifetime_ns = period * NS
+
+    def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
+        limit = self.limit
+        start, count = state >> 32, state & 0xFFFF_FFFF
+        if start + self.window_ns <= now or not state:
+            start, count = now, 0
+        left = limit - count - cost
+        reset = start + self.window_ns - now if count or cost else 0
+        if left >= 0:
+            if not count + cost:
+                return 0, Verdict(True, limit, left, 0, 0, None)
+            return start << 32 | count + cost, Verdict(True, limit, left, reset, 0, start if cost else None)
+        wait = reset if cost <= limit else NEVER
+        return state, Verdict(False, limit, max(0, limit - count), reset, wait, None)
+
+    def give(self, state: State, now: int, cost: int, receipt: int) -> State:
+        if receipt != state >> 32:
+            return state
+        count = (state & 0xFFFF_FFFF) - cost
+        return receipt << 32 | count if count > 0 else 0
+
+    def ends(self, state: State) -> int:
+        return (state >> 32) + self.window_ns if state else 0
+
+
+ALGORITHMS: Final[dict[str, type[SlidingWindow | Gcra | SlidingCounter | FixedWindow]]] = {
+    "sliding_window": SlidingWindow,
+    "gcra": Gcra,
+    "sliding_counter": SlidingCounter,
+    "fixed_window": FixedWindow,
+}
+"""By the names that settings use. `gcra` alone takes a burst."""
+
+
+def bind(algorithm: str, rate: Rate, burst: int | None = None) -> Algorithm:
+    """The algorithm of that name, with its numbers. Raises KeyError for an unknown name."""
+    if algorithm == "gcra":
+        return Gcra(rate.amount, rate.period, burst)
+    return ALGORITHMS[algorithm](rate.amount, rate.period)

@@ -1,0 +1,318 @@
+"""The schema of settings: one for TOML files, mappings and keyword arguments.
+
+All errors are reported together, a line each: the path, what was expected, a near match for a misspelt key. The
+value is never shown, for it may be a secret.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from gatekeeper.errors import SettingsError
+from gatekeeper.http.fields import NAME
+from gatekeeper.http.routes import Pattern
+from gatekeeper.ratelimit.rates import parse_rates
+from gatekeeper.ratelimit.rules import key_part
+
+GREATEST_FILE: Final = 4 * 1024 * 1024
+"""The greatest settings file, in bytes."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _rates(texts: list[str]) -> list[str]:
+    if not texts:
+        raise ValueError("expected at least one rate")
+    parse_rates(";".join(texts))
+    return texts
+
+
+def _pattern(text: str) -> str:
+    Pattern(text)
+    return text
+
+
+def _name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise ValueError("expected 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
+    return text
+
+
+def _keys(texts: list[str]) -> list[str]:
+    if not texts:
+        raise ValueError("expected at least one part")
+    for text in texts:
+        key_part(text)
+    return texts
+
+
+def _outcomes(texts: list[str]) -> list[str]:
+    for text in texts:
+        if text != "disconnect" and not re.fullmatch(r"[1-5](xx|[0-9]{2})", text):
+            raise ValueError('expected statuses such as "404" or "5xx", or "disconnect"')
+    return texts
+
+
+def _field_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", text):
+        raise ValueError('expected the name of one field, such as "X-Forwarded-For" or "Forwarded"')
+    return text
+
+
+def _networks(texts: list[str]) -> list[str]:
+    for text in texts:
+        if text != "unix":
+            try:
+                ipaddress.ip_network(text)
+            except ValueError:
+                raise ValueError(
+                    'expected networks such as "10.0.0.0/8" with no bit set behind the prefix, addresses, or "unix"'
+                ) from None
+    return texts
+
+
+_USER_EXPECTED: Final = 'expected "header:NAME", "package.module:function" or a function'
+
+
+def _user(value: object) -> object:
+    if isinstance(value, str):
+        kind, colon, name = value.partition(":")
+        if kind == "header" and colon:
+            if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", name):
+                raise ValueError(_USER_EXPECTED)
+            return value
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
+            raise ValueError(_USER_EXPECTED)
+        return load_object(value)
+    if not callable(value):
+        raise ValueError(_USER_EXPECTED)
+    return value
+
+
+def load_object(text: str) -> Any:
+    """The object that "package.module:Name" names. Raises ValueError that says which step failed."""
+    module, _, name = text.partition(":")
+    try:
+        found: Any = import_module(module)
+    except ImportError as error:
+        raise ValueError(f"expected a module that can be imported ({type(error).__name__}: {error.name})") from None
+    for attribute in name.split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            raise ValueError("expected a name that the module has") from None
+    return found
+
+
+Strings: TypeAlias = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+
+
+class StoreSettings(_Model):
+    """Where counters live."""
+
+    url: Literal["memory://"] = Field("memory://", description="memory:// is this process's memory.")
+    max_keys: int = Field(
+        1_000_000, ge=1, description="Keys held at most. New ones beyond it share one bucket a rule."
+    )
+    on_error: Literal["local", "allow", "deny"] = Field(
+        "local",
+        description="What rules do while the store does not answer: count in the process, let pass, or refuse.",
+    )
+
+
+class IdentitySettings(_Model):
+    """Who is asking."""
+
+    trusted_proxies: Annotated[Strings, AfterValidator(_networks)] = Field(
+        [],
+        description='Networks whose forwarding header is believed; "unix" for peers on a Unix socket.',
+    )
+    header: Annotated[str, AfterValidator(_field_name)] = Field(
+        "X-Forwarded-For",
+        description='The one header those proxies write: X-Forwarded-For, "Forwarded", or one with an address.',
+    )
+    ipv6_prefix: int = Field(64, ge=1, le=128, description="IPv6 clients of one network of this length are one.")
+    user: Annotated[
+        str | Callable[..., Any] | None,
+        BeforeValidator(lambda value: value if value is None else _user(value), json_schema_input_type=str | None),
+    ] = Field(
+        None,
+        description='"header:NAME" (believed from trusted proxies) or "package.module:function" of the request.',
+    )
+
+
+class LimitSettings(_Model):
+    """A rule: which requests, whose quota, how much."""
+
+    name: Annotated[str, AfterValidator(_name)] = Field(description="Told to clients; one of its own a rule.")
+    rate: Annotated[Strings, AfterValidator(_rates)] = Field(
+        description='"5/minute", or several: at most so many in any window of that length.'
+    )
+    match: Annotated[str, AfterValidator(_pattern)] | None = Field(
+        None,
+        description='"[METHOD|METHOD] [host]/path" with {name}, {name:path} and a final *; none: all requests.',
+    )
+    key: Annotated[Strings, AfterValidator(_keys)] = Field(
+        ["ip"], description="What a quota is counted by: ip, user, route, method, host, global, header:NAME."
+    )
+    algorithm: Literal["sliding_window", "gcra", "sliding_counter", "fixed_window"] | None = Field(
+        None, description="sliding_window, unless a burst is given: then gcra."
+    )
+    burst: int | None = Field(None, ge=1, le=10**9, description="The capacity of gcra's bucket; the rate's amount.")
+    cost: int = Field(1, ge=1, le=10**9, description="Units that a request costs.")
+    on_error: Literal["local", "allow", "deny"] | None = Field(None, description="As the store's, for this rule.")
+    give_back: Annotated[Strings, AfterValidator(_outcomes)] = Field(
+        [], description='Outcomes that do not count: "404", "5xx", "disconnect". The charge is undone.'
+    )
+    preflights: bool = Field(False, description="Whether CORS preflights are charged.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> LimitSettings:
+        if self.burst is not None and self.algorithm not in (None, "gcra"):
+            raise ValueError("a burst goes with gcra alone")
+        rates = parse_rates(";".join(self.rate))
+        if self.burst is not None and len(rates) > 1:
+            raise ValueError("expected one rate beside a burst: it is the capacity of one bucket")
+        room = min(rate.amount for rate in rates) if self.burst is None else self.burst
+        if self.cost > room:
+            raise ValueError("expected a cost within the rate (or the burst): else no request could ever pass")
+        return self
+
+    @property
+    def counted_by(self) -> str:
+        return self.algorithm or ("gcra" if self.burst is not None else "sliding_window")
+
+
+class ResponseSettings(_Model):
+    """What responses tell."""
+
+    fields: bool = Field(True, description="RateLimit and RateLimit-Policy on each response a rule applied to.")
+
+
+class Settings(_Model):
+    """All settings."""
+
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    identity: IdentitySettings = Field(default_factory=IdentitySettings)
+    response: ResponseSettings = Field(default_factory=ResponseSettings)
+    limits: list[LimitSettings] = Field([], description="The rules. All that match a request apply to it.")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Settings:
+        names = [limit.name for limit in self.limits]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            places = ", ".join(f"limits[{place}]" for place, name in enumerate(names) if name in twice)
+            raise ValueError(f"expected a name of its own for each rule: {places} share one")
+        return self
+
+
+def load_settings(source: Settings | Mapping[str, Any] | str | Path) -> Settings:
+    """Settings from a mapping or from the path of a TOML file. Raises SettingsError with all that is wrong."""
+    if isinstance(source, Settings):
+        return source
+    if isinstance(source, str | Path):
+        return _load_file(Path(source))
+    if not isinstance(source, Mapping):
+        raise SettingsError([f"expected a mapping, or the path of a TOML file, and not {type(source).__name__}"])
+    return _validate(source, "")
+
+
+def _load_file(path: Path) -> Settings:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(GREATEST_FILE + 1)
+        if len(raw) > GREATEST_FILE:
+            raise SettingsError([f"{path}: expected at most {GREATEST_FILE} bytes"])
+        document = tomllib.loads(raw.decode("utf-8"))
+    except OSError as error:
+        raise SettingsError([f"{path}: {error.strerror or type(error).__name__}"]) from None
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise SettingsError([f"{path}: expected UTF-8 (line {line})"]) from None
+    except tomllib.TOMLDecodeError as error:
+        # The message quotes at most one character of the text.
+        raise SettingsError([f"{path}: expected TOML: {error}"]) from None
+    except (RecursionError, ValueError):
+        raise SettingsError([f"{path}: expected TOML that is not nested so deep"]) from None
+    return _validate(document, f"{path}: ")
+
+
+def _validate(document: Mapping[str, Any], prefix: str) -> Settings:
+    try:
+        return Settings.model_validate(dict(document))
+    except ValidationError as error:
+        problems = [prefix + _line(found) for found in error.errors(include_url=False, include_input=False)]
+    except RecursionError:
+        problems = [f"{prefix}expected settings that are not nested so deep"]
+    raise SettingsError(problems)
+
+
+def _line(error: Any) -> str:
+    parts = [
+        part for part in error["loc"] if isinstance(part, int) or not part.startswith(("function-", "constrained-"))
+    ]
+    path = ""
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if path else _shown(part)
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        known = _keys_at(parts[:-1])
+        near = difflib.get_close_matches(str(parts[-1]), known, n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else f"; expected {', '.join(known)}" if known else ""
+        return f"{path}: unknown key{hint}"
+    if kind == "missing":
+        return f"{path}: expected a value, there is none"
+    message = error["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^Input should be", "expected", message)
+    return f"{path}: {message}" if path else message
+
+
+def _shown(key: object) -> str:
+    text = str(key)
+    return text if re.fullmatch(r"[\w-]{1,64}", text) else json.dumps(text[:64])
+
+
+def _keys_at(path: list[int | str]) -> list[str]:
+    """The keys that the schema knows at a path."""
+    model: type[BaseModel] = Settings
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        for candidate in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+                break
+        else:
+            return []
+    return list(model.model_fields)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a settings file, for editors to complete it by."""
+    return Settings.model_json_schema(mode="validation")

@@ -1,0 +1,1 @@
+"""Where counters live: each store answers the same batches, and passes the same contract test."""

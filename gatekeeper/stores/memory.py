@@ -1,0 +1,182 @@
+"""Counters in this process's memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import Lock
+from typing import Final
+
+from gatekeeper.commands import Batch, Limit, Replies, State, Verdict
+
+OVERFLOW: Final = "\0overflow"
+"""The key of the bucket that new keys beyond the bound share. No rule makes a key that begins with NUL."""
+
+_SHARDS: Final = 64
+
+
+class _Shard:
+    """A part of the keys of one space, in two generations.
+
+    Sharded by hash, so that a dict that grows or is dropped stops nobody for long.
+
+    A key is written into `fresh`. Once a lifetime has passed since the last turn, `stale` holds only keys that
+    were not written for at least so long: it is dropped unread, and `fresh` takes its place. Nothing is scanned.
+    """
+
+    __slots__ = ("fresh", "lifetime_ns", "stale", "turn")
+
+    def __init__(self, lifetime_ns: int, now: int) -> None:
+        self.fresh: dict[str, State] = {}
+        self.stale: dict[str, State] = {}
+        self.lifetime_ns = lifetime_ns
+        self.turn = now + lifetime_ns
+
+
+class MemoryStore:
+    """A Store in memory, for one process and all its threads.
+
+    - `max_keys`: how many keys it holds at most (default 1,000,000). New keys beyond it share one bucket a
+      rule, which still limits them; keys already held are never put out before they expire.
+    - `clock`: returns nanoseconds and never goes back. By default wall time, read once and then advanced by the
+      monotonic clock.
+
+    `overflowed` counts the hits that fell into the shared buckets.
+    """
+
+    local = True
+
+    def __init__(self, *, max_keys: int = 1_000_000, clock: Callable[[], int] | None = None) -> None:
+        self.max_keys = max_keys
+        self.overflowed = 0
+        self._clock = clock if clock is not None else time.monotonic_ns
+        self._anchor = 0 if clock is not None else time.time_ns() - time.monotonic_ns()
+        lock = Lock()
+        self._acquire, self._release = lock.acquire, lock.release
+        self._tables: dict[str, list[_Shard]] = {}
+        self._keys = 0
+        self._sweep_at = 0
+        self._shards: list[_Shard] = []
+
+    def __len__(self) -> int:
+        """How many keys are held, those included that have expired and are not yet dropped."""
+        return self._keys
+
+    def ask(self, batch: Batch) -> Replies:
+        replies: Replies = []
+        refused = False
+        self._acquire()
+        try:
+            now = self._clock() + self._anchor
+            if batch.gives or batch.resets:
+                self._undo(batch, now)
+            for limit, key, cost in batch:
+                try:
+                    shard = self._tables[limit.space][hash(key) & 63]
+                except KeyError:
+                    shard = self._open(limit, now)[hash(key) & 63]
+                fresh = shard.fresh
+                state = fresh.get(key)
+                if state is not None:
+                    after, verdict = limit.step(state, now, cost)
+                    if verdict.allowed and batch.spend:
+                        fresh[key] = after
+                else:
+                    shard, key, state = self._find(shard, limit, key, now)
+                    after, verdict = limit.step(state, now, cost)
+                    if verdict.allowed and batch.spend:
+                        self._write(shard, key, after, now)
+                replies.append(verdict)
+                if not verdict.allowed:
+                    refused = True
+            if refused and len(batch) > 1 and batch.spend:
+                self._unspend(batch, replies, now)
+        finally:
+            self._release()
+        return replies
+
+    async def aask(self, batch: Batch) -> Replies:
+        return self.ask(batch)
+
+    def close(self) -> None:
+        self._acquire()
+        try:
+            self._tables.clear()
+            self._shards.clear()
+            self._keys = 0
+        finally:
+            self._release()
+
+    async def aclose(self) -> None:
+        self.close()
+
+    # All that follows runs under the lock.
+
+    def _open(self, limit: Limit, now: int) -> list[_Shard]:
+        shards = [_Shard(limit.lifetime_ns, now) for _ in range(_SHARDS)]
+        self._tables[limit.space] = shards
+        self._shards += shards
+        return shards
+
+    def _find(self, shard: _Shard, limit: Limit, key: str, now: int) -> tuple[_Shard, str, State]:
+        """Where a key is, or a new one would be: in its shard, or beyond the bound in the shared bucket."""
+        # A state that has expired counts for nothing, so it does not matter whether it is still held.
+        state = shard.fresh.get(key) or shard.stale.get(key)
+        if state is None and self._keys >= self.max_keys:
+            self._sweep(now)
+            if self._keys >= self.max_keys:
+                self.overflowed += 1
+                key = OVERFLOW
+                shard = self._tables[limit.space][hash(key) & 63]
+                state = shard.fresh.get(key) or shard.stale.get(key)
+        return shard, key, state or 0
+
+    def _locate(self, limit: Limit, key: str, now: int) -> tuple[_Shard, str, State]:
+        shards = self._tables.get(limit.space) or self._open(limit, now)
+        return self._find(shards[hash(key) & 63], limit, key, now)
+
+    def _write(self, shard: _Shard, key: str, state: State, now: int) -> None:
+        if now >= shard.turn:
+            self._turn(shard, now)
+        if key in shard.fresh or shard.stale.pop(key, None) is not None:
+            if state:
+                shard.fresh[key] = state
+            else:
+                shard.fresh.pop(key, None)
+                self._keys -= 1
+        elif state:
+            shard.fresh[key] = state
+            self._keys += 1
+            self._sweep(now)
+
+    def _turn(self, shard: _Shard, now: int) -> None:
+        self._keys -= len(shard.stale)
+        shard.stale = shard.fresh
+        shard.fresh = {}
+        shard.turn = now + shard.lifetime_ns
+
+    def _sweep(self, now: int) -> None:
+        """Turn the next shard if it is due: with one for each new key, none that is no longer hit stays behind."""
+        self._sweep_at = (self._sweep_at + 1) % len(self._shards)
+        shard = self._shards[self._sweep_at]
+        if now >= shard.turn:
+            self._turn(shard, now)
+
+    def _undo(self, batch: Batch, now: int) -> None:
+        for limit, key, cost, receipt in batch.gives:
+            shard, key, state = self._locate(limit, key, now)
+            self._write(shard, key, limit.give(state, now, cost, receipt), now)
+        for limit, key in batch.resets:
+            shard, key, _ = self._locate(limit, key, now)
+            if key != OVERFLOW:
+                self._write(shard, key, 0, now)
+
+    def _unspend(self, batch: Batch, replies: Replies, now: int) -> None:
+        """One of several hits was refused: undo the others, and let their verdicts show it."""
+        for (limit, key, cost), verdict in zip(batch, replies, strict=True):
+            if isinstance(verdict, Verdict) and verdict.receipt is not None:
+                shard, key, state = self._locate(limit, key, now)
+                self._write(shard, key, limit.give(state, now, cost, verdict.receipt), now)
+        for place, (limit, key, _) in enumerate(batch):
+            if replies[place].allowed:
+                replies[place] = limit.step(self._locate(limit, key, now)[2], now, 0)[1]
