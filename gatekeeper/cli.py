@@ -3,8 +3,6 @@
 Exit statuses: 0 all is well, 2 the settings or the command are wrong. Errors go to standard error.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     import typer
 
 
-def _app() -> typer.Typer:
+def _app() -> "typer.Typer":
     try:
         import typer
     except ImportError:

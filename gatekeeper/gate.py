@@ -40,7 +40,7 @@ class Charge(NamedTuple):
 
 
 class Ticket:
-    """The one context of a request, in `scope["gatekeeper"]` or `environ["gatekeeper"]`.
+    """The one context of a request, in `scope["gatekeeper"]` or `environ["gatekeeper.ticket"]`.
 
     - `request`; `address`: the client's, behind trusted proxies; `user`: None if unknown
     - `status`: 0 while the request is admitted, else the status it was refused with (429, or 503 when a store
@@ -113,7 +113,7 @@ class Gate:
         rules = self._table.match(request)
         if rules and request.method == "OPTIONS" and _is_preflight(request):
             rules = tuple(rule for rule in rules if rule.preflights)
-        return self.extend(self.ticket(request), rules)
+        return self.extend(Ticket(self, request, self._identity.address(request)), rules)
 
     def extend(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[Ticket]:
         """Charge a request for rules: those that match, later those of decorators on its way.
@@ -122,7 +122,7 @@ class Gate:
         """
         if not rules:
             return ticket
-        hits: list[Hit] = []
+        batch = Batch()
         for rule in rules:
             if rule.is_special:
                 ticket.is_open = ticket.is_open or bool(rule.gives_back)
@@ -130,8 +130,9 @@ class Gate:
                     yield from self._ask_user(ticket)
             key, cost = rule.key(ticket), rule.cost
             for limit in rule.limits:
-                hits.append((limit, key, cost))
-        verdicts: Replies = yield Batch(hits)
+                batch.append((limit, key, cost))
+        verdicts: Replies = yield batch
+        hits: list[Hit] = batch
         for verdict in verdicts:
             if not verdict.allowed:
                 hits, verdicts = yield from self._refuse(ticket, hits, verdicts)
@@ -178,7 +179,8 @@ class Gate:
         """The answer to a request whose ticket is not allowed, or that `verdict` of another limit refused."""
         refused = [charge for charge in ticket.charges if not charge.verdict.allowed]
         status = ticket.status or 429
-        retry = retry_seconds([charge.verdict for charge in refused] or [verdict] if verdict else [])
+        verdicts = [charge.verdict for charge in refused]
+        retry = retry_seconds([verdict] if verdict is not None and not verdicts else verdicts)
         kind, body = refusal_body(
             [charge.limit.name for charge in refused],
             retry,

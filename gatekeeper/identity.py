@@ -17,7 +17,8 @@ UNKNOWN: Final = "unknown"
 """The address of a client that has none (a Unix socket that is not trusted). All such share one."""
 
 _REMEMBERED: Final = 8192
-_FOR: Final = re.compile(r'(?:^|;)\s*for\s*=\s*("(?:[^"\\]|\\.)*"|[^;"]*)', re.IGNORECASE)
+_WORD: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_PAIR: Final = re.compile(rf'\s*({_WORD})\s*=\s*({_WORD}|"(?:[^"\\]|\\.)*")\s*(?:;|\Z)')
 
 
 def parse_address(text: str) -> Address | None:
@@ -112,9 +113,10 @@ class Identity:
 
         What a hop that is no address hides cannot be known, nor can what stands left of it: the walk stops.
         """
-        values = request.fields(self._header)
-        hops = split_list(values)
         forwarded = self._header == "forwarded"
+        lines = request.fields(self._header)
+        # X-Forwarded-For knows no quoted strings.
+        hops = split_list(lines) if forwarded else ",".join(lines).split(",")
         for hop in reversed(hops):
             text = _for(hop) if forwarded else hop
             name, trusted = (None, False) if text is None else (self._known.get(text) or self._learn(text))
@@ -147,11 +149,16 @@ class Identity:
 
 
 def _for(element: str) -> str | None:
-    """The `for` parameter of one forwarded-element (RFC 7239, 4)."""
-    found = _FOR.findall(element)
-    if len(found) != 1:
-        return None
-    (text,) = found
-    if text.startswith('"'):
-        text = re.sub(r"\\(.)", r"\1", text[1:-1])
-    return str(text)
+    """The `for` parameter of one forwarded-element (RFC 7239, 4); None unless it is one, with one `for`."""
+    found, at = None, 0
+    while at < len(element):
+        pair = _PAIR.match(element, at)
+        if pair is None:
+            return None
+        at = pair.end()
+        name, value = pair.groups()
+        if name.lower() == "for":
+            if found is not None:
+                return None
+            found = re.sub(r"\\(.)", r"\1", value[1:-1]) if value.startswith('"') else value
+    return found

@@ -24,6 +24,7 @@ STORES: Final[dict[str, Callable[..., Store]]] = {"memory": MemoryStore}
 """Stores by the scheme of their URL."""
 
 _REMEMBERED: Final = 4096
+_ONE: Final = 1  # the usual cost: by identity, 1.0 and True are none
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,7 +39,9 @@ class Gatekeeper:
 
     def __init__(self, settings: Settings | Mapping[str, Any] | str | Path, *, store: Store | None = None) -> None:
         self.settings = load_settings(settings)
-        self.store: Store = store if store is not None else MemoryStore(max_keys=self.settings.store.max_keys)
+        self.store: Store = (
+            MemoryStore(max_keys=self.settings.store.max_keys) if store is None else _checked_store(store)
+        )
         self.gate = _gate(self.settings)
         self.decorates = False
         """Whether a function was decorated: only then is the ticket put where functions find it."""
@@ -140,12 +143,14 @@ class Limiter:
             if make is None:
                 raise SettingsError([f"store: expected {' or '.join(f'{name}://' for name in STORES)}, or a store"])
             store = make()
-        self.store: Store = store
+        self.store: Store = _checked_store(store)
         self._limits: dict[str | tuple[str, str], tuple[Limit, ...]] = {}
 
     def hit(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
         """Spend `cost` units if all rates allow it. The verdict is the tightest rate's."""
-        return _tightest(self.store.ask(self._batch(rate, key, cost, name)))
+        replies = self.store.ask(self._batch(rate, key, cost, name))
+        verdict = replies[0]
+        return verdict if len(replies) == 1 and verdict.__class__ is Verdict else _tightest(replies)
 
     async def ahit(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
         """As `hit`, awaiting the store."""
@@ -175,7 +180,7 @@ class Limiter:
 
     def _batch(self, rate: str, key: str, cost: int, name: str | None) -> Batch:
         limits = self._limits.get(rate if name is None else (name, rate)) or self._learn(rate, name)
-        if key.__class__ is not str or len(key) > LONGEST_KEY or cost != 1:
+        if key.__class__ is not str or len(key) > LONGEST_KEY or cost is not _ONE:
             key = _checked(key, cost)
         if len(limits) == 1:
             return Batch(((limits[0], key, cost),))
@@ -200,6 +205,12 @@ class Limiter:
         return limits
 
 
+def _checked_store(store: Store) -> Store:
+    if not all(hasattr(store, name) for name in ("ask", "aask", "local", "close", "aclose")):
+        raise SettingsError([f"store: expected a store (gatekeeper.commands.Store), not {type(store).__name__}"])
+    return store
+
+
 def _checked(key: str, cost: int) -> str:
     if not isinstance(key, str):
         raise TypeError(f"key: expected a string, and not {type(key).__name__}")
@@ -211,8 +222,6 @@ def _checked(key: str, cost: int) -> str:
 
 
 def _tightest(replies: Replies) -> Verdict:
-    if len(replies) == 1 and replies[0].__class__ is Verdict:
-        return replies[0]
     verdicts = []
     for reply in replies:
         if isinstance(reply, StoreError):

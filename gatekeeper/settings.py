@@ -22,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    Strict,
     ValidationError,
     model_validator,
 )
@@ -83,14 +84,20 @@ def _field_name(text: str) -> str:
     return text
 
 
+_MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
+
+
 def _networks(texts: list[str]) -> list[str]:
     for text in texts:
         if text != "unix":
             try:
-                ipaddress.ip_network(text)
+                network = ipaddress.ip_network(text)
+                if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_MAPPED):
+                    raise ValueError  # the addresses are unmapped before they are compared
             except ValueError:
                 raise ValueError(
-                    'expected networks such as "10.0.0.0/8" with no bit set behind the prefix, addresses, or "unix"'
+                    'expected networks such as "10.0.0.0/8" (IPv4 as IPv4, no bit set behind the prefix), '
+                    'addresses, or "unix"'
                 ) from None
     return texts
 
@@ -107,7 +114,7 @@ def _user(value: object) -> object:
             return value
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
             raise ValueError(_USER_EXPECTED)
-        return load_object(value)
+        value = load_object(value)
     if not callable(value):
         raise ValueError(_USER_EXPECTED)
     return value
@@ -118,8 +125,8 @@ def load_object(text: str) -> Any:
     module, _, name = text.partition(":")
     try:
         found: Any = import_module(module)
-    except ImportError as error:
-        raise ValueError(f"expected a module that can be imported ({type(error).__name__}: {error.name})") from None
+    except Exception as error:
+        raise ValueError(f"expected a module that can be imported, and not {type(error).__name__}") from None
     for attribute in name.split("."):
         try:
             found = getattr(found, attribute)
@@ -128,6 +135,8 @@ def load_object(text: str) -> Any:
     return found
 
 
+Integer: TypeAlias = Annotated[int, Strict()]  # true is no number
+Boolean: TypeAlias = Annotated[bool, Strict()]  # nor is 1 a truth
 Strings: TypeAlias = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
 
@@ -135,7 +144,7 @@ class StoreSettings(_Model):
     """Where counters live."""
 
     url: Literal["memory://"] = Field("memory://", description="memory:// is this process's memory.")
-    max_keys: int = Field(
+    max_keys: Integer = Field(
         1_000_000, ge=1, description="Keys held at most. New ones beyond it share one bucket a rule."
     )
     on_error: Literal["local", "allow", "deny"] = Field(
@@ -155,7 +164,7 @@ class IdentitySettings(_Model):
         "X-Forwarded-For",
         description='The one header those proxies write: X-Forwarded-For, "Forwarded", or one with an address.',
     )
-    ipv6_prefix: int = Field(64, ge=1, le=128, description="IPv6 clients of one network of this length are one.")
+    ipv6_prefix: Integer = Field(64, ge=1, le=128, description="IPv6 clients of a network this long are one.")
     user: Annotated[
         str | Callable[..., Any] | None,
         BeforeValidator(lambda value: value if value is None else _user(value), json_schema_input_type=str | None),
@@ -182,13 +191,15 @@ class LimitSettings(_Model):
     algorithm: Literal["sliding_window", "gcra", "sliding_counter", "fixed_window"] | None = Field(
         None, description="sliding_window, unless a burst is given: then gcra."
     )
-    burst: int | None = Field(None, ge=1, le=10**9, description="The capacity of gcra's bucket; the rate's amount.")
-    cost: int = Field(1, ge=1, le=10**9, description="Units that a request costs.")
+    burst: Integer | None = Field(
+        None, ge=1, le=10**9, description="The capacity of gcra's bucket; by default the rate's amount."
+    )
+    cost: Integer = Field(1, ge=1, le=10**9, description="Units that a request costs.")
     on_error: Literal["local", "allow", "deny"] | None = Field(None, description="As the store's, for this rule.")
     give_back: Annotated[Strings, AfterValidator(_outcomes)] = Field(
         [], description='Outcomes that do not count: "404", "5xx", "disconnect". The charge is undone.'
     )
-    preflights: bool = Field(False, description="Whether CORS preflights are charged.")
+    preflights: Boolean = Field(False, description="Whether CORS preflights are charged.")
 
     @model_validator(mode="after")
     def _fits(self) -> LimitSettings:
@@ -210,7 +221,7 @@ class LimitSettings(_Model):
 class ResponseSettings(_Model):
     """What responses tell."""
 
-    fields: bool = Field(True, description="RateLimit and RateLimit-Policy on each response a rule applied to.")
+    fields: Boolean = Field(True, description="RateLimit and RateLimit-Policy on each response a rule applied to.")
 
 
 class Settings(_Model):
@@ -246,19 +257,23 @@ def _load_file(path: Path) -> Settings:
     try:
         with path.open("rb") as file:
             raw = file.read(GREATEST_FILE + 1)
-        if len(raw) > GREATEST_FILE:
-            raise SettingsError([f"{path}: expected at most {GREATEST_FILE} bytes"])
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise SettingsError([f"{path}: {reason}"]) from None
+    if len(raw) > GREATEST_FILE:
+        raise SettingsError([f"{path}: expected at most {GREATEST_FILE} bytes"])
+    try:
         document = tomllib.loads(raw.decode("utf-8"))
-    except OSError as error:
-        raise SettingsError([f"{path}: {error.strerror or type(error).__name__}"]) from None
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise SettingsError([f"{path}: expected UTF-8 (line {line})"]) from None
     except tomllib.TOMLDecodeError as error:
         # The message quotes at most one character of the text.
         raise SettingsError([f"{path}: expected TOML: {error}"]) from None
-    except (RecursionError, ValueError):
+    except RecursionError:
         raise SettingsError([f"{path}: expected TOML that is not nested so deep"]) from None
+    except ValueError:
+        raise SettingsError([f"{path}: expected TOML with smaller numbers"]) from None
     return _validate(document, f"{path}: ")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import Token
 from http import HTTPStatus
 from inspect import iscoroutinefunction
 from pathlib import Path
@@ -29,7 +28,7 @@ class GatekeeperMiddleware:
 
     - `settings`: a mapping, the path of a TOML file, Settings, or a Gatekeeper that others share.
 
-    The request's Ticket is in `environ["gatekeeper"]`. Raises SettingsError when the settings are wrong.
+    The request's Ticket is in `environ["gatekeeper.ticket"]`. Raises SettingsError when the settings are wrong.
     """
 
     def __init__(self, app: App, settings: Gatekeeper | Settings | Mapping[str, Any] | str | Path) -> None:
@@ -41,17 +40,19 @@ class GatekeeperMiddleware:
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         keeper = self.keeper
         gate = keeper.gate
-        before = environ.get("gatekeeper")
+        before = environ.get("gatekeeper.ticket")
         if before is not None and before.gate is gate:  # the same middleware stands around us already
             return self.app(environ, start_response)
-        ticket = run(gate.admit(EnvironRequest(environ)), keeper.ask)
-        environ["gatekeeper"] = ticket
+        request = EnvironRequest(environ)
+        ticket = run(gate.admit(request), keeper.ask)
+        environ["gatekeeper.ticket"] = ticket
         if ticket.status:
             return _refuse(environ, start_response, gate.refusal(ticket))
         exchange = _Exchange(keeper, ticket, environ, start_response)
         if not keeper.decorates and not ticket.is_open:
+            request.native = None  # environ and ticket held each other: the cycle would wait for the collector
             return self.app(environ, exchange.start)  # nothing to do when it ends: the body goes by untouched
-        exchange.token = CURRENT.set(ticket)
+        token = CURRENT.set(ticket)
         try:
             body = self.app(environ, exchange.start)
         except Limited as limited:
@@ -59,26 +60,27 @@ class GatekeeperMiddleware:
         except BaseException:
             exchange.close(500)
             raise
+        finally:
+            CURRENT.reset(token)
         return _Body(exchange, body)
 
 
 class _Exchange:
     """What the application answers, on its way out; and what became of it."""
 
-    __slots__ = ("_environ", "_keeper", "_start_response", "_ticket", "replaced", "status", "token")
+    __slots__ = ("_environ", "_keeper", "_start_response", "replaced", "status", "ticket")
 
     def __init__(self, keeper: Gatekeeper, ticket: Ticket, environ: Environ, start_response: StartResponse) -> None:
         self._keeper = keeper
-        self._ticket = ticket
+        self.ticket = ticket
         self._environ = environ
         self._start_response = start_response
-        self.token: Token[Ticket | None] | None = None
         self.status = 0
         self.replaced: list[bytes] | None = None
 
     def start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
         """The `start_response` that the application is given."""
-        keeper, ticket = self._keeper, self._ticket
+        keeper, ticket = self._keeper, self.ticket
         self.status = int(status[:3])
         if ticket.status and self.status >= 500:
             # The application took a decorator's refusal for a fault of its own; we know better.
@@ -92,15 +94,13 @@ class _Exchange:
         if self.status:
             self.close(500)
             raise limited
-        return self._replace(self._keeper.gate.refusal(self._ticket, limited.verdict))
+        return self._replace(self._keeper.gate.refusal(self.ticket, limited.verdict))
 
     def close(self, status: int | None) -> None:
         """The request is over; called once."""
-        if self.token is not None:
-            CURRENT.reset(self.token)
-            self.token = None
-        if self._ticket.is_open:
-            run(self._keeper.gate.finish(self._ticket, status), self._keeper.ask)
+        self.ticket.request.native = None
+        if self.ticket.is_open:
+            run(self._keeper.gate.finish(self.ticket, status), self._keeper.ask)
 
     def _replace(self, refusal: Refusal, *exc_info: Any) -> list[bytes]:
         self.status = refusal.status
@@ -124,6 +124,7 @@ class _Body:
 
     def __next__(self) -> bytes:
         exchange = self._exchange
+        token = CURRENT.set(exchange.ticket)  # an application may run when it is iterated
         try:
             if self._iterator is None:
                 # Where the answer was replaced while the application ran, its body is closed unread.
@@ -132,13 +133,15 @@ class _Body:
         except StopIteration:
             self._ended = True
             raise
-        except Limited as limited:  # of an application that runs when it is iterated
+        except Limited as limited:
             self._iterator = iter(exchange.limited(limited))
             return next(self)
         except Exception:
             exchange.status = 500
             self._ended = True
             raise
+        finally:
+            CURRENT.reset(token)
         if exchange.replaced is not None and chunk not in exchange.replaced:
             self._iterator = iter(exchange.replaced)
             return next(self)

@@ -23,13 +23,17 @@ class Request(Protocol):
     """The address of the connection's other end; None or empty when it is a Unix socket or unknown."""
 
     native: Any
-    """What the request came as: the ASGI scope or the WSGI environ."""
+    """What the request came as: the ASGI scope or the WSGI environ. None once the request was decided and is the
+    application's; fields cannot be read any more then."""
 
     def fields(self, name: str) -> list[str]:
         """The values of a field, in order. `name` is in lower case."""
 
     def field(self, name: str) -> str | None:
-        """The first value of a field, None if it is absent. `name` is in lower case."""
+        """A field's value, None if it is absent. `name` is in lower case.
+
+        Where the field is repeated its values are joined by commas (RFC 9110, 5.3), as WSGI servers do.
+        """
 
 
 class ScopeRequest:
@@ -49,11 +53,8 @@ class ScopeRequest:
         return [value.decode("latin-1") for key, value in self.native["headers"] if key.lower() == wanted]
 
     def field(self, name: str) -> str | None:
-        wanted = name.encode("latin-1")
-        for key, value in self.native["headers"]:
-            if key.lower() == wanted:
-                return value.decode("latin-1")  # type: ignore[no-any-return]
-        return None
+        values = self.fields(name)
+        return ",".join(values) if values else None
 
 
 class EnvironRequest:
@@ -62,8 +63,7 @@ class EnvironRequest:
     __slots__ = ("method", "native", "path", "peer")
 
     def __init__(self, environ: dict[str, Any]) -> None:
-        # A copy, for the environ will hold the ticket that holds this: the cycle would wait for the collector.
-        self.native = environ.copy()
+        self.native: Any = environ
         self.method = environ["REQUEST_METHOD"].upper()
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         # PEP 3333 hands over bytes in the guise of latin-1; ASGI has them decoded as UTF-8.
@@ -83,14 +83,15 @@ class EnvironRequest:
 
 
 def split_list(values: Iterable[str]) -> list[str]:
-    """The members of a list field, over all its lines (RFC 9110, 5.6.1). Commas in quoted strings are none."""
-    members = []
-    for value in values:
-        if '"' not in value:
-            members += value.split(",")
-            continue
-        start, quoted, escaped = 0, False, False
-        for at, char in enumerate(value):
+    """The members of a list field, over all its lines (RFC 9110, 5.6.1). Commas in quoted strings are none.
+
+    A quote that is never closed is none either: else a client that leaves one open would swallow the members
+    that proxies add behind it.
+    """
+    text = ",".join(values)
+    if '"' in text:
+        members, start, quoted, escaped = [], 0, False, False
+        for at, char in enumerate(text):
             if escaped:
                 escaped = False
             elif quoted and char == "\\":
@@ -98,7 +99,8 @@ def split_list(values: Iterable[str]) -> list[str]:
             elif char == '"':
                 quoted = not quoted
             elif char == "," and not quoted:
-                members.append(value[start:at])
+                members.append(text[start:at].strip(" \t"))
                 start = at + 1
-        members.append(value[start:])
-    return [member.strip(" \t") for member in members]
+        if not quoted:
+            return [*members, text[start:].strip(" \t")]
+    return [member.strip(" \t") for member in text.split(",")] if text else []

@@ -14,8 +14,9 @@ EXPECTED: Final = (
     "({name} is one segment, {name:path} the rest, * only at the end after a slash)"
 )
 
-_UNTIDY: Final = re.compile(r"//|/\.|[^/]/\Z|\n\Z")
+_UNTIDY: Final = re.compile(r"//|/\.|[^/]/\Z|\n\Z|\A(?!/)")
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_METHODS: Final = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
 _HOST: Final = re.compile(r"(\*\.)?[0-9a-z_-]+(\.[0-9a-z_-]+)*|\[[0-9a-f:.]+\]")
 _PART: Final = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:path)?\}")
 
@@ -27,18 +28,19 @@ class PatternError(GatekeeperError, ValueError):
 def normalise(path: str) -> str:
     """The one spelling of a decoded path: no empty, `.` or `..` segment (RFC 3986, 5.2.4), no slash at the end.
 
-    Nor a newline at the end: to a router that ends its expressions with `$`, `/login%0A` is `/login`.
+    Nor a newline at the end: to a router that ends its expressions with `$`, `/login%0A` is `/login`. A first slash
+    that is missing is there: a WSGI server may hand over `login`, which Werkzeug routes as `/login`.
     """
     if not _UNTIDY.search(path):
-        return path or "/"
-    path = path.removesuffix("\n")
+        return path
     segments: list[str] = []
-    for segment in path.split("/"):
+    for segment in path.rstrip("/\n").split("/"):
         if segment == "..":
             del segments[-1:]
         elif segment not in ("", "."):
             segments.append(segment)
-    return "/" + "/".join(segments)
+    tidy = "/" + "/".join(segments)
+    return normalise(tidy) if tidy.endswith("\n") else tidy
 
 
 def host_of(field: str | None) -> str:
@@ -65,6 +67,8 @@ class Pattern:
         self.text = text
         self.methods = _methods(words[0]) if len(words) == 2 else None
         host, slash, path = words[-1].partition("/")
+        if host.upper() in _METHODS:
+            raise PatternError(f"expected {EXPECTED}; a space between method and path")
         self.host = host.lower() or None
         if self.host and not _HOST.fullmatch(self.host):
             raise PatternError(f"expected {EXPECTED}")
@@ -116,6 +120,8 @@ def _compile(path: str) -> re.Pattern[str]:
         names.add(name)
         rest = bool(is_rest)
         expression += f"(?P<{name}>.+)" if rest else f"(?P<{name}>[^/]+)"
+    if rest and open_end:
+        raise PatternError(f"expected {EXPECTED}; nothing variable after {{name:path}}")
     expression += re.escape(_literal(body[position:]))
     return re.compile(expression + ("(?:/.*)?" if open_end else ""), re.DOTALL)
 

@@ -18,6 +18,7 @@ from gatekeeper.commands import NEVER, State, Verdict
 from gatekeeper.ratelimit.rates import Rate
 
 NS: Final = 1_000_000_000
+_TAT: Final = (1 << 64) - 1
 
 
 class Algorithm(Protocol):
@@ -152,8 +153,9 @@ class SlidingWindow:
 class Gcra:
     """The generic cell rate algorithm (ITU-T I.371): a token bucket of `burst` tokens, `limit` a period refilled.
 
-    The state is the theoretical arrival time (TAT) alone: when the bucket will be full again. Tokens come one by
-    one, each `period / limit` after the last, rounded up to a whole nanosecond.
+    Tokens come one by one, each `period / limit` after the last, rounded up to a whole nanosecond. The state is
+    the theoretical arrival time (TAT): when the bucket will be full again. Above its 64 bits stands how much
+    time was given back since the bucket was last full; the receipt of a hit is the state that it left.
     """
 
     __slots__ = ("_emission_ns", "lifetime_ns", "limit", "window_ns")
@@ -168,28 +170,38 @@ class Gcra:
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         emission = self._emission_ns
         limit = self.limit
-        full = state if state > now else now
-        then = full + cost * emission
+        tat, given = state, 0
+        if state > _TAT:
+            tat = state & _TAT
+            given = state - tat
+        if tat <= now:
+            tat, given = now, 0
+        then = tat + cost * emission
         room = now + self.lifetime_ns - then
         if room >= 0:
             left = room // emission
             if left == limit:
                 return 0, Verdict(True, limit, left, 0, 0, None)
+            then += given
             return then, Verdict(True, limit, left, (left + 1) * emission - room, 0, then if cost else None)
-        left, part = divmod(max(0, now + self.lifetime_ns - full), emission)
-        wait = -room if cost <= limit else NEVER
+        missing = max(0, tat - now)
+        left = max(0, self.lifetime_ns - missing) // emission
         # Above the whole burst (it was lowered since) more than one token may be missing before one is there.
-        reset = max(emission - part, full - now - self.lifetime_ns + emission) if full > now else 0
-        return state, Verdict(False, limit, left, reset, wait, None)
+        reset = missing - (limit - left - 1) * emission if missing else 0
+        return state, Verdict(False, limit, left, reset, -room if cost <= limit else NEVER, None)
 
     def give(self, state: State, now: int, cost: int, receipt: int) -> State:
-        # Of the hit there is left what lies between now and its own TAT; the rest has flowed back by itself.
-        # To give that too would give it twice: a hit that came later would be forgotten.
-        state -= max(0, min(cost * self._emission_ns, receipt - now))
-        return state if state > now else 0
+        # Hits flow off in the order they came, each when the TAT it left has passed. Of this one there is left
+        # what lies between now and its TAT, and that lies the nearer the more was given back since: perhaps of
+        # hits before it. To give more would give twice what has flowed off already.
+        tat, given = state & _TAT, state >> 64
+        flows_off = (receipt & _TAT) - max(0, given - (receipt >> 64))
+        back = max(0, min(cost * self._emission_ns, flows_off - now))
+        tat -= back
+        return (given + back) << 64 | tat if tat > now else 0
 
     def ends(self, state: State) -> int:
-        return state
+        return state & _TAT
 
 
 class SlidingCounter:
@@ -274,13 +286,13 @@ class FixedWindow:
         if start + self.window_ns <= now or not state:
             start, count = now, 0
         left = limit - count - cost
-        reset = start + self.window_ns - now if count or cost else 0
+        reset = start + self.window_ns - now
         if left >= 0:
             if not count + cost:
                 return 0, Verdict(True, limit, left, 0, 0, None)
             return start << 32 | count + cost, Verdict(True, limit, left, reset, 0, start if cost else None)
         wait = reset if cost <= limit else NEVER
-        return state, Verdict(False, limit, max(0, limit - count), reset, wait, None)
+        return state, Verdict(False, limit, max(0, limit - count), reset if count else 0, wait, None)
 
     def give(self, state: State, now: int, cost: int, receipt: int) -> State:
         if receipt != state >> 32:

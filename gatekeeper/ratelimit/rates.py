@@ -21,7 +21,8 @@ MOST: Final = 10**9
 LONGEST: Final = 10 * 360 * 86_400
 """The longest period in seconds (ten of the grammar's years)."""
 
-_WEEKS: Final = re.compile(r"\bweeks?\s*$", re.IGNORECASE)
+_WEEKS: Final = re.compile(r"(?<![a-z])weeks?\s*$", re.IGNORECASE)
+_NOUGHT: Final = re.compile(r"(?<![0-9.])0+(?![0-9.])")
 
 
 class RateError(GatekeeperError, ValueError):
@@ -51,6 +52,8 @@ def parse_rates(text: str) -> tuple[Rate, ...]:
 
 def _parse(part: str) -> Rate:
     # The grammar of `limits` has no weeks; they are read as its days, so that nothing is registered with it.
+    if _NOUGHT.search(part):  # it would read no minutes as one
+        raise RateError(f"expected {EXPECTED}")
     days, weeks = _WEEKS.subn("day", part)
     try:
         # parse_many, for `parse` drops what follows the first rate without a word.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Final, Literal, Protocol, TypeAlias
 
 from gatekeeper.errors import GatekeeperError
@@ -58,7 +60,7 @@ def key_part(text: str) -> KeyPart:
     if text in KEYS:
         return KEYS[text]
     kind, _, name = text.partition(":")
-    if kind == "header" and name:
+    if kind == "header" and re.fullmatch("[A-Za-z0-9-]{1,64}", name):
         field = name.lower()
         return lambda subject, rule: subject.request.field(field) or None
     raise KeyPartError(f"expected {', '.join(KEYS)} or header:NAME")
@@ -150,7 +152,7 @@ class Rule:
         self.is_special = self.needs_user or bool(gives_back)
         self._parts = tuple(key_part(text) for text in keys)
         self.key: Callable[[Subject], str] = (
-            _address if tuple(keys) == ("ip",) else self._single if len(keys) == 1 else self._joined
+            attrgetter("address") if tuple(keys) == ("ip",) else self._single if len(keys) == 1 else self._joined
         )
         limits = []
         for rate in rates:
@@ -176,10 +178,6 @@ class Rule:
 
     def __repr__(self) -> str:
         return f"<Rule {self.name}: {', '.join(limit.policy for limit in self.limits)}>"
-
-
-def _address(subject: Subject) -> str:
-    return subject.address
 
 
 def outcome_matches(wanted: frozenset[str], status: int | None) -> bool:

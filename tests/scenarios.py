@@ -1,0 +1,293 @@
+"""One table of requests and the answers that must come, for every home of the policy.
+
+A home is a function `(settings, store) -> answer` where `answer(request)` gives a Response. A new shell joins by
+being one; tests/test_scenarios.py lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from gatekeeper.commands import Store
+
+A, B = "192.0.2.1", "198.51.100.2"
+"""Two clients."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: from whom, for what. `raw` is the target as a client would write it."""
+
+    method: str = "GET"
+    raw: str = "/"
+    peer: str | None = A
+    headers: Sequence[tuple[str, str]] = ()
+    after: float = 0
+    """Seconds that pass before it."""
+
+
+@dataclass(frozen=True)
+class Response:
+    status: int
+    headers: Sequence[tuple[str, str]] = ()
+    body: bytes = b""
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.headers if key.lower() == name]
+
+    def get(self, name: str) -> str | None:
+        values = self.all(name)
+        assert len(values) < 2, f"{name} stands twice"
+        return values[0] if values else None
+
+
+Answer: TypeAlias = Callable[[Ask], Response]
+Home: TypeAlias = Callable[[Mapping[str, Any], Store], Answer]
+
+
+@dataclass(frozen=True)
+class Then:
+    """What must come: the status, these fields (None: absent), this text in the body."""
+
+    status: int
+    fields: Mapping[str, str | None] = field(default_factory=dict)
+    contains: str = ""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    says: str
+    settings: Mapping[str, Any]
+    steps: Sequence[tuple[Ask, Then]]
+
+
+def rule(name: str = "default", rate: str | list[str] = "2/minute", **more: Any) -> dict[str, Any]:
+    return {"name": name, "rate": rate, **more}
+
+
+OK, LIMITED = Then(200), Then(429)
+
+LOGIN = rule("login", "1/minute", match="POST /login")
+ADMIN = rule("admin", "1/minute", match="/admin/*")
+
+
+def spelled(*targets: str, match: str) -> Scenario:
+    """All of these are one path to the rule: after the first the others are refused."""
+    steps = [(Ask(raw=target), LIMITED if place else OK) for place, target in enumerate(targets)]
+    return Scenario(
+        f"{match} is not walked round by a spelling", {"limits": [rule(rate="1/minute", match=match)]}, steps
+    )
+
+
+SCENARIOS: list[Scenario] = [
+    Scenario(
+        "each client has a quota of its own, and is told what is left of it",
+        {"limits": [rule(rate="2/minute")]},
+        [
+            (Ask(), Then(200, {"ratelimit": '"default";r=1;t=61', "ratelimit-policy": '"default";q=2;w=60'})),
+            (Ask(), Then(200, {"ratelimit": '"default";r=0;t=61', "retry-after": None})),
+            (
+                Ask(),
+                Then(429, {"ratelimit": '"default";r=0;t=61', "retry-after": "61", "cache-control": "no-store"}),
+            ),
+            (Ask(peer=B), Then(200, {"ratelimit": '"default";r=1;t=61'})),
+            (Ask(after=61), OK),
+            (Ask(peer=B), OK),
+        ],
+    ),
+    Scenario(
+        "a program is answered with a problem document, a browser with plain text",
+        {"limits": [rule(rate="1/minute")]},
+        [
+            (Ask(), OK),
+            (Ask(), Then(429, {"content-type": "application/problem+json"}, '"violated-policies": ["default"]')),
+            (
+                Ask(headers=[("Accept", "application/json, text/plain")]),
+                Then(429, {"content-type": "application/problem+json"}),
+            ),
+            (
+                Ask(headers=[("Accept", "text/html,application/xhtml+xml,*/*;q=0.8")]),
+                Then(429, {"content-type": "text/plain; charset=utf-8"}, "Try again in 61 seconds"),
+            ),
+        ],
+    ),
+    Scenario(
+        "a refused HEAD has the fields and no body",
+        {"limits": [rule(rate="1/minute")]},
+        [(Ask(), OK), (Ask("HEAD"), Then(429, {"retry-after": "61"}))],
+    ),
+    Scenario(
+        "a rule is for its method and path; GET covers HEAD; case does not hide a method",
+        {"limits": [LOGIN, rule("page", "1/minute", match="GET /page")]},
+        [
+            (Ask("POST", "/login"), OK),
+            (Ask("POST", "/login"), LIMITED),
+            (Ask("post", "/login"), LIMITED),
+            (Ask("GET", "/login"), Then(200, {"ratelimit": None, "ratelimit-policy": None})),
+            (Ask("POST", "/other"), OK),
+            (Ask("POST", "/login", B), OK),
+            (Ask("HEAD", "/page"), OK),
+            (Ask("GET", "/page"), LIMITED),
+        ],
+    ),
+    Scenario(
+        "a request that one rule refuses spends nothing of another",
+        {"limits": [rule("all", "4/minute"), LOGIN]},
+        [
+            (Ask("POST", "/login"), Then(200, {"ratelimit": '"login";r=0;t=61'})),
+            *[(Ask("POST", "/login"), Then(429, {"ratelimit": '"login";r=0;t=61'}))] * 9,
+            (Ask(), Then(200, {"ratelimit": '"all";r=2;t=61', "ratelimit-policy": '"all";q=4;w=60'})),
+            (Ask(), OK),
+            (Ask(), OK),
+            (Ask(), LIMITED),
+        ],
+    ),
+    Scenario(
+        "several rates of a rule hold together",
+        {"limits": [rule(rate=["2/minute", "3/hour"])]},
+        [
+            (
+                Ask(),
+                Then(200, {"ratelimit-policy": '"default-60s";q=2;w=60, "default-3600s";q=3;w=3600'}),
+            ),
+            (Ask(), OK),
+            (Ask(), Then(429, {"retry-after": "61"})),
+            (Ask(after=61), OK),
+            (Ask(), Then(429, contains="default-3600s")),
+        ],
+    ),
+    Scenario(
+        "gcra with a burst lets in the burst, then one at a time",
+        {"limits": [rule(rate="60/minute", burst=2)]},
+        [(Ask(), Then(200, {"ratelimit-policy": '"default";q=2;w=2'})), (Ask(), OK), (Ask(), Then(429, {"retry-after": "1"})), (Ask(after=1), OK), (Ask(), LIMITED)],
+    ),
+    Scenario(
+        "a cost spends more than one",
+        {"limits": [rule(rate="5/minute", cost=2)]},
+        [(Ask(), Then(200, {"ratelimit": '"default";r=3;t=61'})), (Ask(), OK), (Ask(), LIMITED)],
+    ),
+    spelled("/admin/x", "/admin/y", "/admin", "/admin/", "//admin//z", "/./admin/x", "/admin/../admin/x", "/%61dmin/x", "/x/%2e%2e/admin/q", "/admin%2Fx", match="/admin/*"),
+    spelled("/login", "/login/", "//login", "/login/.", "/a/../login", "/login%0A", "/%6cogin", "/login?x=/other", match="/login"),
+    spelled("/users/1", "/users/2/", "/users//3", "/users/a%20b", match="/users/{id}"),
+    spelled("/files/a/b", "/files/../x", "/files/%2e%2e", match="/files/{rest:path}"),
+    Scenario(
+        "CORS preflights are free unless the rule says otherwise; a bare OPTIONS is not",
+        {"limits": [rule("a", "1/minute", match="/a"), rule("b", "1/minute", match="/b", preflights=True)]},
+        [
+            *[
+                (Ask("OPTIONS", "/a", headers=[("Origin", "https://x"), ("Access-Control-Request-Method", "PUT")]), OK)
+            ] * 3,
+            (Ask("OPTIONS", "/a"), OK),
+            (Ask("OPTIONS", "/a"), LIMITED),
+            (Ask("OPTIONS", "/b", headers=[("Origin", "https://x"), ("Access-Control-Request-Method", "PUT")]), OK),
+            (Ask("OPTIONS", "/b", headers=[("Origin", "https://x"), ("Access-Control-Request-Method", "PUT")]), LIMITED),
+        ],
+    ),
+    Scenario(
+        "a rule can be for a host, whatever its spelling",
+        {"limits": [rule(rate="1/minute", match="api.example.com/x"), rule("sub", "1/minute", match="*.example.org/*")]},
+        [
+            (Ask(raw="/x", headers=[("Host", "api.example.com")]), OK),
+            (Ask(raw="/x", headers=[("Host", "API.Example.Com.:8080")]), LIMITED),
+            (Ask(raw="/x", headers=[("Host", "www.example.com")]), OK),
+            (Ask(raw="/x", headers=[("Host", "a.example.org")]), OK),
+            (Ask(raw="/y", headers=[("Host", "a.b.example.org")]), LIMITED),
+            (Ask(raw="/y", headers=[("Host", "example.org")]), OK),
+        ],
+    ),
+    Scenario(
+        "no forwarding field is believed unless its sender is trusted",
+        {"limits": [rule(rate="1/minute")]},
+        [(Ask(headers=[("X-Forwarded-For", B)]), OK), (Ask(headers=[("X-Forwarded-For", "203.0.113.9")]), LIMITED), (Ask(peer=B), OK)],
+    ),
+    Scenario(
+        "behind a trusted proxy the client is the nearest address that is no proxy",
+        {"identity": {"trusted_proxies": ["10.0.0.0/8"]}, "limits": [rule(rate="1/minute")]},
+        [
+            (Ask(peer="10.0.0.1", headers=[("X-Forwarded-For", A)]), OK),
+            (Ask(peer="10.0.0.2", headers=[("X-Forwarded-For", f"203.0.113.9, {A}, 10.9.9.9")]), LIMITED),
+            (Ask(peer="10.0.0.1", headers=[("X-Forwarded-For", f"{A}, {B}")]), OK),
+            (Ask(peer=A, headers=[("X-Forwarded-For", "203.0.113.77")]), LIMITED),
+        ],
+    ),
+    Scenario(
+        "an IPv6 network is one client, and mapped IPv4 is IPv4",
+        {"limits": [rule(rate="1/minute")]},
+        [
+            (Ask(peer="2001:db8::1"), OK),
+            (Ask(peer="2001:db8::ffff"), LIMITED),
+            (Ask(peer="2001:db8:0:1::1"), OK),
+            (Ask(peer="::ffff:192.0.2.1"), OK),
+            (Ask(peer=A), LIMITED),
+            (Ask(peer="::ffff:192.0.2.2"), OK),
+        ],
+    ),
+    Scenario(
+        "clients without an address share one quota",
+        {"limits": [rule(rate="1/minute")]},
+        [(Ask(peer=None), OK), (Ask(peer=None), LIMITED), (Ask(), OK)],
+    ),
+    Scenario(
+        "a user named by a trusted peer is counted wherever he comes from; others by their address",
+        {
+            "identity": {"trusted_proxies": [A, B], "user": "header:X-User"},
+            "limits": [rule(rate="1/minute", key="user")],
+        },
+        [
+            (Ask(headers=[("X-User", "ada")]), OK),
+            (Ask(peer=B, headers=[("X-User", "ada")]), LIMITED),
+            (Ask(peer=B, headers=[("X-User", "bob")]), OK),
+            (Ask(), OK),
+            (Ask(), LIMITED),
+            (Ask(peer="203.0.113.3", headers=[("X-User", "eve")]), OK),
+            (Ask(peer="203.0.113.3", headers=[("X-User", "eve2")]), LIMITED),
+            (Ask(headers=[("X-User", "203.0.113.3")]), OK),
+        ],
+    ),
+    Scenario(
+        "a key of several parts keeps them apart; a part that is missing is the address",
+        {"limits": [rule(rate="1/minute", key=["header:X-Api-Key", "method"])]},
+        [
+            (Ask(headers=[("X-Api-Key", "k1")]), OK),
+            (Ask(peer=B, headers=[("X-Api-Key", "k1")]), LIMITED),
+            (Ask("POST", headers=[("X-Api-Key", "k1")]), OK),
+            (Ask(headers=[("X-Api-Key", "k" * 5000)]), OK),
+            (Ask(headers=[("X-Api-Key", "k" * 5000)]), LIMITED),
+            (Ask(headers=[("X-Api-Key", "k" * 5001)]), OK),
+            (Ask(), OK),
+            (Ask(), LIMITED),
+            (Ask(peer=B), OK),
+        ],
+    ),
+    Scenario(
+        "a global key is everybody's",
+        {"limits": [rule(rate="1/minute", key="global")]},
+        [(Ask(), OK), (Ask(peer=B), LIMITED)],
+    ),
+    Scenario(
+        "an outcome that does not count is given back: only failed logins are charged",
+        {"limits": [rule(rate="2/minute", match="/login*".removesuffix("*"), give_back=["2xx"]), rule("up", "1/minute", match="/fail", give_back="5xx")]},
+        [
+            *[(Ask(raw="/login"), Then(200, {"ratelimit": '"default";r=1;t=61'}))] * 5,
+            (Ask(raw="/login", headers=[("X-Answer", "401")]), Then(401)),
+            (Ask(raw="/login", headers=[("X-Answer", "401")]), Then(401)),
+            (Ask(raw="/login"), LIMITED),
+            *[(Ask(raw="/fail", headers=[("X-Answer", "503")]), Then(503))] * 3,
+            (Ask(raw="/fail"), OK),
+            (Ask(raw="/fail"), LIMITED),
+        ],
+    ),
+    Scenario(
+        "fields can be switched off",
+        {"response": {"fields": False}, "limits": [rule(rate="1/minute")]},
+        [(Ask(), Then(200, {"ratelimit": None, "ratelimit-policy": None})), (Ask(), Then(429, {"ratelimit": None, "retry-after": "61"}))],
+    ),
+    Scenario("without rules nothing is limited", {}, [(Ask(), Then(200, {"ratelimit": None}))] * 5),
+    Scenario(
+        "repeated fields of the application's answer all arrive",
+        {"limits": [rule(rate="9/minute")]},
+        [(Ask(headers=[("X-Answer", "200")]), Then(200, {"ratelimit": '"default";r=8;t=61'}, "ok"))],
+    ),
+]  # fmt: skip

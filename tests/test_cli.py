@@ -1,0 +1,134 @@
+"""The `gatekeeper` command, run as its users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gatekeeper import __version__
+from gatekeeper.settings import GREATEST_FILE, json_schema
+
+COMMAND = Path(sys.executable).with_name("gatekeeper")
+
+RIGHT = """\
+[[limits]]
+name = "default"
+rate = "300/minute"
+
+[[limits]]
+name = "login"
+match = "POST /login"
+rate = ["5/minute", "20/hour"]
+"""
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command's outcome, on a terminal so wide that no line is broken."""
+    return subprocess.run(
+        [COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        timeout=60,
+        env=os.environ | {"COLUMNS": "500", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"},
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "gatekeeper.toml"
+
+
+def test_a_right_file_passes_and_its_rules_are_told(file: Path) -> None:
+    file.write_text(RIGHT, encoding="utf-8")
+    done = run("check", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        'default: all requests: "default";q=300;w=60',
+        'login: POST /login: "login-60s";q=5;w=60, "login-3600s";q=20;w=3600',
+    ]
+
+
+def test_a_file_without_limits_passes_and_says_so(file: Path) -> None:
+    file.write_text("", encoding="utf-8")
+    done = run("check", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "no limits: every request passes\n"
+
+
+def test_all_that_is_wrong_goes_to_standard_error_with_status_2(file: Path) -> None:
+    file.write_text(
+        '[stroe]\n[store]\nurl = "redis://:hunter2@host"\n[[limits]]\nname = "a"\nrate = "hunter2"\n',
+        encoding="utf-8",
+    )
+    done = run("check", file)
+    assert (done.returncode, done.stdout) == (2, "")
+    *problems, count = done.stderr.splitlines()
+    assert count == "3 errors"
+    assert sorted(problem.removeprefix(f"{file}: ").partition(":")[0] for problem in problems) == [
+        "limits[0].rate",
+        "store.url",
+        "stroe",
+    ]
+    assert all(problem.startswith(f"{file}: ") for problem in problems)
+    assert "hunter2" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'[store]\nurl = "hunter2\n', "expected TOML: Illegal character '\\n' (at line 2, column 15)"),
+        (b"# \xff\n", "expected UTF-8 (line 1)"),
+        (b"#" * (GREATEST_FILE + 1), f"expected at most {GREATEST_FILE} bytes"),
+        (b"a = " + b"[" * 100_000, "expected TOML that is not nested so deep"),
+    ],
+    ids=["TOML", "UTF-8", "size", "depth"],
+)
+def test_a_file_that_cannot_be_read_as_settings_is_told_in_one_line(
+    file: Path, content: bytes, expected: str
+) -> None:
+    file.write_bytes(content)
+    done = run("check", file)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{file}: {expected}\n1 error\n"
+
+
+def test_a_missing_file_and_a_directory_are_told_with_status_2(file: Path, tmp_path: Path) -> None:
+    for path, expected in ((file, "No such file or directory"), (tmp_path, "Is a directory")):
+        done = run("check", path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"{path}: {expected}\n1 error\n"
+
+
+def test_the_schema_is_printed_as_json() -> None:
+    done = run("schema")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == json_schema()
+
+
+def test_the_version_is_printed() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"gatekeeper {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["chekc"], ["check"], ["check", "a.toml", "b.toml"], ["schema", "x"], ["--verzion"]]
+)
+def test_a_wrong_command_is_told_on_standard_error_with_status_2(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: gatekeeper" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "--help"], ["schema", "--help"]])
+def test_each_command_has_a_page_of_help(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: gatekeeper" in done.stdout

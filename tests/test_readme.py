@@ -1,0 +1,126 @@
+"""What the README and the documentation show is run: code, settings, commands, links, the keys of settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gatekeeper.settings import json_schema, load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[Any]:
+    """Each fenced block of a language, with a name that says where it begins."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in FENCE.finditer(text):
+            if block[1] == language:
+                line = text.count("\n", 0, block.start()) + 1
+                name = f"{page.relative_to(ROOT)}:{line}"
+                found.append(pytest.param(page, line, block[2], id=name))
+    return found
+
+
+@pytest.mark.parametrize(("page", "line", "code"), blocks("python"))
+def test_a_block_of_python_runs_by_itself(page: Path, line: int, code: str) -> None:
+    # The blank lines make a traceback point into the page.
+    exec(compile("\n" * line + code, str(page), "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize(("page", "line", "text"), blocks("toml"))
+def test_a_block_of_toml_is_a_settings_file(page: Path, line: int, text: str) -> None:
+    load_settings(tomllib.loads(text))
+
+
+def commands() -> Iterator[Any]:
+    """Each `$ gatekeeper …` of a console block, with the output shown below it."""
+    for block in blocks("console"):
+        for part in re.split(r"^\$ ", block.values[2], flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            yield pytest.param(command, output, id=command)
+
+
+@pytest.mark.parametrize(("command", "output"), list(commands()))
+def test_a_command_prints_what_is_shown(command: str, output: str) -> None:
+    program, *arguments = command.split()
+    assert program == "gatekeeper"
+    call = [sys.executable, "-c", "from gatekeeper.cli import main; main()", *arguments]
+    environ = {**os.environ, "PYTHONWARNINGS": "default"}
+    done = subprocess.run(call, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, output, "")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.is_file(), f"{target}: there is no such file"
+        if heading:
+            assert heading in headings(other), f"{target}: there is no such heading"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def schema_keys() -> Iterator[Any]:
+    """Each key of the schema: the heading of its table, the key, what the schema says of it."""
+    schema = json_schema()
+    for table, below in schema["properties"].items():
+        is_list = "items" in below
+        reference = below["items"]["$ref"] if is_list else below["$ref"]
+        model = schema["$defs"][reference.rpartition("/")[2]]
+        heading = f"[[{table}]]" if is_list else f"[{table}]"
+        for key, what in model["properties"].items():
+            default = what["default"] if key not in model.get("required", ()) else "required"
+            yield pytest.param(heading, key, default, id=f"{table}.{key}")
+
+
+def settings_rows() -> dict[tuple[str, str], list[str]]:
+    """The rows of docs/settings.md, by (heading, key)."""
+    rows = {}
+    for section in re.split(r"^## ", (ROOT / "docs/settings.md").read_text(encoding="utf-8"), flags=re.MULTILINE):
+        heading = section.partition("\n")[0].strip("`")
+        for row in re.findall(r"^\| `\w+` \|.*\|$", section, re.MULTILINE):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+            rows[heading, cells[0].strip("`")] = cells
+    return rows
+
+
+@pytest.mark.parametrize(("heading", "key", "default"), list(schema_keys()))
+def test_each_key_of_the_schema_is_documented_with_its_default(heading: str, key: str, default: object) -> None:
+    cells = settings_rows()[heading, key]
+    expected = "required" if default == "required" else "none" if default is None else f"`{json.dumps(default)}`"
+    assert len(cells) == 4
+    assert cells[2] == expected
+
+
+def test_no_key_is_documented_that_the_schema_lacks() -> None:
+    assert set(settings_rows()) == {tuple(key.values[:2]) for key in schema_keys()}
+
+
+def test_the_settings_page_shows_each_key_in_its_whole_file() -> None:
+    text = FENCE.findall((ROOT / "docs/settings.md").read_text(encoding="utf-8"))[-1][1]
+    document = tomllib.loads(text)
+    shown = {(f"[{table}]", key) for table in ("store", "identity", "response") for key in document[table]}
+    shown |= {("[[limits]]", key) for rule in document["limits"] for key in rule}
+    assert shown == set(settings_rows())
