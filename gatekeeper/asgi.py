@@ -54,13 +54,15 @@ class GatekeeperMiddleware:
         steps = gate.admit(request)
         ticket = await arun(steps, keeper.aask) if keeper.awaits else run(steps, keeper.ask)
         if ticket.status:
-            await _refuse(scope, receive, send, gate.refusal(ticket))
+            if kind == "websocket":
+                await receive()  # websocket.connect
+            await _refuse(scope, send, gate.refusal(ticket))
             return
         scope["gatekeeper"] = ticket
-        exchange = _Exchange(ticket, scope, receive, send)
+        exchange = _Exchange(ticket, scope, send)
         token = CURRENT.set(ticket) if keeper.decorates else None
         try:
-            await self.app(scope, exchange.receive if ticket.is_open else receive, exchange.send)
+            await self.app(scope, receive, exchange.send)
         except Limited as limited:
             if not exchange.replaced:
                 await exchange.limited(limited)
@@ -98,21 +100,24 @@ class GatekeeperMiddleware:
 class _Exchange:
     """What the application sends, on its way out; and what became of it."""
 
-    status = 0  # until the head of a response was sent
-    ended = False
-    left = False
-    replaced = False
+    __slots__ = ("_scope", "_send", "_ticket", "ended", "replaced", "status")
 
-    def __init__(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, ticket: Ticket, scope: Scope, send: Send) -> None:
         self._ticket = ticket
         self._scope = scope
-        self._receive = receive
         self._send = send
+        self.status = 0  # until the head of a response was sent
+        self.ended = False
+        self.replaced = False
 
     def send(self, message: Message) -> Awaitable[None]:
         # Not a coroutine: it returns the server's, so that a message costs no second one.
         kind = message["type"]
-        if kind == "http.response.start" or kind == "websocket.accept":
+        if self.replaced:
+            return _nothing()
+        if kind == "http.response.body":
+            self.ended = not message.get("more_body", False)
+        elif kind == "http.response.start" or kind == "websocket.accept":
             ticket = self._ticket
             self.status = message.get("status", 101)
             if ticket.status and self.status >= 500:
@@ -122,20 +127,10 @@ class _Exchange:
             if fields:
                 # Copied: the message may be one that the application sends again and again.
                 message = dict(message, headers=[*message.get("headers", ()), *fields])
-        elif self.replaced:
-            return _nothing()
-        elif kind == "http.response.body":
-            self.ended = not message.get("more_body", False)
         elif kind == "websocket.close":
             self.ended = True
             self.status = self.status or 403
         return self._send(message)
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] in ("http.disconnect", "websocket.disconnect"):
-            self.left = True
-        return message
 
     def outcome(self) -> int | None:
         """The status, or None if the client left before the end."""
@@ -155,17 +150,16 @@ class _Exchange:
     async def _replace(self, refusal: Refusal) -> None:
         self.status = refusal.status
         self.replaced = self.ended = True
-        await _refuse(self._scope, self._receive, self._send, refusal)
+        await _refuse(self._scope, self._send, refusal)
 
 
 async def _nothing() -> None:
     pass
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
+async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
     prefix = "http.response"
     if scope["type"] == "websocket":
-        await receive()  # websocket.connect
         if "websocket.http.response" not in (scope.get("extensions") or {}):
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})  # the server answers a bare 403
             return

@@ -99,32 +99,31 @@ Give: TypeAlias = tuple[Limit, str, int, int]
 """(limit, key, cost, receipt)."""
 
 
-class Batch(list[Hit]):
-    """Commands for one store, carried out in one atomic step: `gives`, then `resets`, then the hits.
+Hits: TypeAlias = list[Hit]
+"""A batch of hits and nothing else, as most are: a plain list."""
 
-    It is the list of its hits, for most batches are nothing else. All of them are admitted, or none is spent;
-    with `spend` false they are only looked at. `local` sends the batch to the process's own store, the stand-in
-    while the real one does not answer.
+
+class Batch(Hits):
+    """Commands for one store, carried out in one atomic step: `gives`, then `resets`, then the hits in it.
+
+    All hits are admitted, or none is spent; with `spend` false they are only looked at. `local` sends the batch
+    to the process's own store, the stand-in while the real one does not answer.
     """
 
-    gives: Sequence[Give] = ()
-    resets: Sequence[tuple[Limit, str]] = ()
-    spend: bool = True
-    local: bool = False
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         hits: Iterable[Hit] = (),
         *,
         gives: Sequence[Give] = (),
         resets: Sequence[tuple[Limit, str]] = (),
         spend: bool = True,
         local: bool = False,
-    ) -> Batch:
-        batch = cls(hits)
-        batch.gives, batch.resets, batch.spend, batch.local = gives, resets, spend, local
-        return batch
+    ) -> None:
+        super().__init__(hits)
+        self.gives = gives
+        self.resets = resets
+        self.spend = spend
+        self.local = local
 
     def __repr__(self) -> str:
         return f"<Batch hits={list(self)} gives={self.gives} resets={self.resets} spend={self.spend}>"
@@ -148,7 +147,7 @@ class Call:
 
 
 R = TypeVar("R")
-Question: TypeAlias = Batch | Call
+Question: TypeAlias = Hits | Call  # a Batch is Hits
 Steps: TypeAlias = Generator[Question, Any, R]
 
 
@@ -158,38 +157,38 @@ class Store(Protocol):
     local: bool
     """True if `ask` never waits for another machine, so that it may be called on an event loop."""
 
-    def ask(self, batch: Batch) -> Replies: ...
+    def ask(self, batch: Hits) -> Replies: ...
 
-    async def aask(self, batch: Batch) -> Replies: ...
+    async def aask(self, batch: Hits) -> Replies: ...
 
     def close(self) -> None: ...
 
     async def aclose(self) -> None: ...
 
 
-def run(steps: Steps[R], ask: Callable[[Batch], Replies]) -> R:
+def run(steps: Steps[R], ask: Callable[[Hits], Replies]) -> R:
     """Drive a core generator to its result, blocking."""
     answer: Any = None
     try:
         while True:
             question = steps.send(answer)
-            answer = ask(question) if question.__class__ is Batch else _call(question)  # type: ignore[arg-type]
+            answer = _call(question) if isinstance(question, Call) else ask(question)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
 
 
-async def arun(steps: Steps[R], ask: Callable[[Batch], Awaitable[Replies]]) -> R:
+async def arun(steps: Steps[R], ask: Callable[[Hits], Awaitable[Replies]]) -> R:
     """Drive a core generator to its result, awaiting."""
     answer: Any = None
     try:
         while True:
             question = steps.send(answer)
-            if isinstance(question, Batch):
-                answer = await ask(question)
-            else:
+            if isinstance(question, Call):
                 answer = question.function(question.argument)
                 if isawaitable(answer):
                     answer = await answer
+            else:
+                answer = await ask(question)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
 

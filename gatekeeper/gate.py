@@ -48,23 +48,20 @@ class Ticket:
     - `charges`: each rate that was asked, with its verdict
     """
 
-    __slots__ = (
-        "_asked_user", "address", "gate", "hits", "is_open", "request", "rules", "status", "user", "verdicts",
-    )  # fmt: skip
+    user: str | None = None
+    status: int = 0
+    # Rules, hits and verdicts in the order they were asked: a hit for each rate of each rule.
+    rules: tuple[Rule, ...] = ()
+    hits: Sequence[Hit] = ()
+    verdicts: Sequence[Verdict] = ()
+    # Whether `finish` has something to do.
+    is_open: bool = False
+    _asked_user: bool = False
 
     def __init__(self, gate: Gate, request: Request, address: str) -> None:
         self.gate = gate
         self.request = request
         self.address = address
-        self.user: str | None = None
-        self.status = 0
-        # Rules, hits and verdicts in the order they were asked: a hit for each rate of each rule.
-        self.rules: tuple[Rule, ...] = ()
-        self.hits: Sequence[Hit] = ()
-        self.verdicts: Sequence[Verdict] = ()
-        # Whether `finish` has something to do.
-        self.is_open = False
-        self._asked_user = False
 
     @property
     def allowed(self) -> bool:
@@ -122,7 +119,7 @@ class Gate:
         """
         if not rules:
             return ticket
-        batch = Batch()
+        hits: list[Hit] = []
         for rule in rules:
             if rule.is_special:
                 ticket.is_open = ticket.is_open or bool(rule.gives_back)
@@ -130,9 +127,8 @@ class Gate:
                     yield from self._ask_user(ticket)
             key, cost = rule.key(ticket), rule.cost
             for limit in rule.limits:
-                batch.append((limit, key, cost))
-        verdicts: Replies = yield batch
-        hits: list[Hit] = batch
+                hits.append((limit, key, cost))
+        verdicts: Replies = yield hits
         for verdict in verdicts:
             if not verdict.allowed:
                 hits, verdicts = yield from self._refuse(ticket, hits, verdicts)
@@ -217,7 +213,7 @@ class Gate:
             elif policy == "local" and limit.standin is not None:
                 standins.append((limit.standin, *hit[1:]))
         if standins:
-            replies: Replies = yield Batch.of(standins, local=True)
+            replies: Replies = yield Batch(standins, local=True)
             for hit, verdict in zip(standins, replies, strict=True):
                 assert isinstance(verdict, Verdict)  # the process's own store is memory: it always answers
                 kept.append((hit, verdict))
@@ -238,7 +234,7 @@ class Gate:
                 verdict.remaining += cost
         for local, batch in gives.items():
             if batch:
-                yield Batch.of(gives=batch, local=local)
+                yield Batch(gives=batch, local=local)
 
 
 def _is_preflight(request: Request) -> bool:

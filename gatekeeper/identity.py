@@ -61,7 +61,17 @@ class Identity:
     - `user`: None; the name of a field that trusted peers write; or a function of the Request.
     """
 
-    __slots__ = ("_header", "_known", "_prefix", "_trusted", "_trusts_any", "_unix", "_user_field", "user")
+    __slots__ = (
+        "_direct",
+        "_header",
+        "_known",
+        "_prefix",
+        "_trusted",
+        "_trusts_any",
+        "_unix",
+        "_user_field",
+        "user",
+    )
 
     def __init__(
         self,
@@ -82,13 +92,22 @@ class Identity:
         self.user = user
         # text -> (its name as a key or None if it is no address, whether it is a trusted proxy)
         self._known: dict[str, tuple[str | None, bool]] = {}
+        # The peers among them that are clients themselves: the usual case, in one look-up.
+        self._direct: dict[str, str] = {}
 
     def address(self, request: Request) -> str:
         """The name under which this client's address is counted."""
         peer = request.peer
         if not peer:
             return self._behind(request, UNKNOWN) if self._unix else UNKNOWN
+        direct = self._direct.get(peer)
+        if direct is not None:
+            return direct
         name, trusted = self._known.get(peer) or self._learn(peer)
+        if name is not None and not trusted:
+            if len(self._direct) >= _REMEMBERED:
+                self._direct.clear()
+            self._direct[peer] = name
         if name is None:
             return peer[:64]  # what the server calls its peer, such as the name of a test client
         return self._behind(request, name) if trusted else name

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
 from gatekeeper import decorators
-from gatekeeper.commands import Batch, Limit, Replies, Store, Verdict
+from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, Verdict
 from gatekeeper.errors import SettingsError, StoreError
 from gatekeeper.gate import Gate, tightness
 from gatekeeper.http.fields import NAME
@@ -48,15 +48,15 @@ class Gatekeeper:
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
         # Memory always answers: nothing need stand between.
-        self.ask: Callable[[Batch], Replies] = self.store.ask if isinstance(self.store, MemoryStore) else self._ask
+        self.ask: Callable[[Hits], Replies] = self.store.ask if isinstance(self.store, MemoryStore) else self._ask
         # An asynchronous function can only be awaited, whatever the store.
         self.awaits = not self.store.local or iscoroutinefunction(self.settings.identity.user)
 
-    def _ask(self, batch: Batch) -> Replies:
-        return self._local.ask(batch) if batch.local else self.store.ask(batch)
+    def _ask(self, batch: Hits) -> Replies:
+        return (self._local if isinstance(batch, Batch) and batch.local else self.store).ask(batch)
 
-    async def aask(self, batch: Batch) -> Replies:
-        return self._local.ask(batch) if batch.local else await self.store.aask(batch)
+    async def aask(self, batch: Hits) -> Replies:
+        return await (self._local if isinstance(batch, Batch) and batch.local else self.store).aask(batch)
 
     def limit(
         self, rate: str, *, key: str | Sequence[str] = "ip", cost: int = 1, name: str | None = None
@@ -158,11 +158,11 @@ class Limiter:
 
     def peek(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
         """What `hit` would answer, spending nothing."""
-        return _tightest(self.store.ask(Batch.of(self._batch(rate, key, cost, name), spend=False)))
+        return _tightest(self.store.ask(Batch(self._batch(rate, key, cost, name), spend=False)))
 
     async def apeek(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
         """As `peek`, awaiting the store."""
-        return _tightest(await self.store.aask(Batch.of(self._batch(rate, key, cost, name), spend=False)))
+        return _tightest(await self.store.aask(Batch(self._batch(rate, key, cost, name), spend=False)))
 
     def reset(self, rate: str, key: str, name: str | None = None) -> None:
         """Forget what the key has used."""
@@ -178,16 +178,16 @@ class Limiter:
     async def aclose(self) -> None:
         await self.store.aclose()
 
-    def _batch(self, rate: str, key: str, cost: int, name: str | None) -> Batch:
+    def _batch(self, rate: str, key: str, cost: int, name: str | None) -> Hits:
         limits = self._limits.get(rate if name is None else (name, rate)) or self._learn(rate, name)
         if key.__class__ is not str or len(key) > LONGEST_KEY or cost is not _ONE:
             key = _checked(key, cost)
         if len(limits) == 1:
-            return Batch(((limits[0], key, cost),))
-        return Batch([(limit, key, cost) for limit in limits])
+            return [(limits[0], key, cost)]
+        return [(limit, key, cost) for limit in limits]
 
     def _forget(self, rate: str, key: str, name: str | None) -> Batch:
-        return Batch.of(resets=[(limit, key) for limit, key, _ in self._batch(rate, key, 1, name)])
+        return Batch(resets=[(limit, key) for limit, key, _ in self._batch(rate, key, 1, name)])
 
     def _learn(self, rate: str, name: str | None) -> tuple[Limit, ...]:
         if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):

@@ -19,7 +19,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gatekeeper import Gatekeeper, SettingsError
 from gatekeeper.asgi import GatekeeperMiddleware, Message, Receive, Scope, Send
-from gatekeeper.commands import Batch, Replies
+from gatekeeper.commands import Batch, Hits, Replies
 from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.testing import VirtualClock, virtual_store
 
@@ -267,9 +267,7 @@ class TestOutcomes:
                 pass
 
         asyncio.run(main())
-        return keeper.store.ask(Batch.of([(keeper.gate.rules[0].limits[0], "192.0.2.1", 1)], spend=False))[
-            0
-        ].allowed
+        return keeper.store.ask(Batch([(keeper.gate.rules[0].limits[0], "192.0.2.1", 1)], spend=False))[0].allowed
 
     def test_a_success_is_given_back(self) -> None:
         assert self.remaining(hello)
@@ -323,7 +321,7 @@ class TestOutcomes:
 
 
 def peek(keeper: Gatekeeper) -> Batch:
-    return Batch.of([(keeper.gate.rules[0].limits[0], "192.0.2.1", 1)], spend=False)
+    return Batch([(keeper.gate.rules[0].limits[0], "192.0.2.1", 1)], spend=False)
 
 
 class Remote:
@@ -333,13 +331,13 @@ class Remote:
 
     def __init__(self) -> None:
         self._store = MemoryStore()
-        self.asked: list[Batch] = []
+        self.asked: list[Hits] = []
         self.slow: asyncio.Event | None = None
 
-    def ask(self, batch: Batch) -> Replies:
+    def ask(self, batch: Hits) -> Replies:
         return self._store.ask(batch)
 
-    async def aask(self, batch: Batch) -> Replies:
+    async def aask(self, batch: Hits) -> Replies:
         self.asked.append(batch)
         await asyncio.sleep(0)
         if self.slow is not None:
@@ -458,6 +456,6 @@ def test_a_refusal_deep_in_the_application_is_a_429_and_spends_nothing_of_other_
     assert refused.headers["content-type"] == "application/problem+json"
     assert refused.json()["violated-policies"] == ["work"]
     assert refused.headers["ratelimit"] == '"work";r=0;t=61'
-    left = keeper.store.ask(Batch.of([(keeper.gate.rules[0].limits[0], "testclient", 1)], spend=False))[0]
+    left = keeper.store.ask(Batch([(keeper.gate.rules[0].limits[0], "testclient", 1)], spend=False))[0]
     assert left.allowed
     assert left.remaining == 2, "two were spent, and this peek would be the third"  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ import pytest
 
 import gatekeeper
 from gatekeeper import Gatekeeper, Limited, Limiter, SettingsError, StoreError
-from gatekeeper.commands import Batch, Replies
+from gatekeeper.commands import Hits, Replies
 from gatekeeper.ratelimit.rates import RateError
 from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.testing import VirtualClock, virtual_store
@@ -152,7 +152,7 @@ def test_rates_made_up_in_operation_do_not_pile_up() -> None:
 
 def test_a_store_that_does_not_answer_is_an_error_of_its_own() -> None:
     class Down(MemoryStore):
-        def ask(self, batch: Batch) -> Replies:
+        def ask(self, batch: Hits) -> Replies:
             return [StoreError("down")] * len(batch)
 
     with pytest.raises(StoreError, match="down"):

@@ -33,7 +33,7 @@ def limit(amount: int = 3, period: int = 60, *, name: str = "rule", algorithm: s
 
 
 def ask(store: Store, *hits: Hit, spend: bool = True) -> list[Verdict]:
-    replies = store.ask(Batch.of(hits, spend=spend))
+    replies = store.ask(Batch(hits, spend=spend))
     assert all(isinstance(reply, Verdict) for reply in replies)
     return [reply for reply in replies if isinstance(reply, Verdict)]
 
@@ -97,7 +97,7 @@ def test_a_give_back_undoes_exactly_its_hit(make: Make, algorithm: str) -> None:
     receipt = ask(store, (one, "key", 2))[0].receipt
     assert receipt is not None
     assert not ask(store, (one, "key", 1))[0].allowed
-    store.ask(Batch.of(gives=[(one, "key", 2, receipt)]))
+    store.ask(Batch(gives=[(one, "key", 2, receipt)]))
     assert [ask(store, (one, "key", 1))[0].allowed for _ in range(3)] == [True, True, False]
 
 
@@ -107,7 +107,7 @@ def test_a_reset_forgets_one_key_of_one_limit(make: Make, algorithm: str) -> Non
     one, other = limit(1, algorithm=algorithm), limit(1, name="other", algorithm=algorithm)
     for hit in ((one, "a", 1), (one, "b", 1), (other, "a", 1)):
         ask(store, hit)
-    store.ask(Batch.of(resets=[(one, "a"), (one, "never seen")]))
+    store.ask(Batch(resets=[(one, "a"), (one, "never seen")]))
     assert ask(store, (one, "a", 1))[0].allowed
     assert not ask(store, (one, "b", 1))[0].allowed
     assert not ask(store, (other, "a", 1))[0].allowed
@@ -236,7 +236,7 @@ class TestMemory:
         receipt = ask(store, (one, "new", 3))[0].receipt
         assert receipt is not None
         assert not ask(store, (one, "newer", 1))[0].allowed
-        store.ask(Batch.of(gives=[(one, "new", 3, receipt)]))
+        store.ask(Batch(gives=[(one, "new", 3, receipt)]))
         assert ask(store, (one, "newer", 1))[0].allowed
 
     def test_the_count_of_keys_stays_true_over_any_history(self, clock: VirtualClock) -> None:
@@ -250,9 +250,9 @@ class TestMemory:
                     clock.advance(random.choice([0, 1, 20]))
                 case 1 if receipts:
                     key, receipt = receipts.pop(random.randrange(len(receipts)))
-                    store.ask(Batch.of(gives=[(one, key, 1, receipt)]))
+                    store.ask(Batch(gives=[(one, key, 1, receipt)]))
                 case 2:
-                    store.ask(Batch.of(resets=[(one, key)]))
+                    store.ask(Batch(resets=[(one, key)]))
                 case _:
                     receipt_or_none = ask(store, (one, key, 1))[0].receipt
                     if receipt_or_none is not None:

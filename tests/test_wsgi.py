@@ -200,7 +200,7 @@ class TestOutcomes:
                 body.close()
         except ValueError:
             pass
-        peek = Batch.of([(keeper.gate.rules[0].limits[0], "192.0.2.1", 1)], spend=False)
+        peek = Batch([(keeper.gate.rules[0].limits[0], "192.0.2.1", 1)], spend=False)
         return keeper.store.ask(peek)[0].allowed
 
     def test_a_success_is_given_back(self) -> None:
@@ -270,7 +270,7 @@ def test_a_refusal_deep_in_the_application_is_a_429_and_spends_nothing_of_other_
     assert b'"violated-policies": ["work"]' in answers[-1][1]
     assert dict(servers[-1].heads[-1][1])["ratelimit"] == '"work";r=0;t=61'
     # Two were spent: of five, three are left.
-    left = keeper.store.ask(Batch.of([(keeper.gate.rules[0].limits[0], "192.0.2.1", 3)], spend=False))[0]
+    left = keeper.store.ask(Batch([(keeper.gate.rules[0].limits[0], "192.0.2.1", 3)], spend=False))[0]
     assert left.allowed
 
 

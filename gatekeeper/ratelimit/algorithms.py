@@ -59,7 +59,7 @@ class SlidingWindow:
     so that a state outlives a change of the limit.
     """
 
-    __slots__ = ("_mask", "_nines", "_tick_ns", "_width", "lifetime_ns", "limit", "window_ns")
+    __slots__ = ("_mask", "_nines", "_tick", "_tick_ns", "_width", "lifetime_ns", "limit", "window_ns")
 
     version: ClassVar[int] = 1
     TICKS: ClassVar[int] = 64
@@ -72,40 +72,49 @@ class SlidingWindow:
         self._width = (limit + 1).bit_length()
         self._nines = (1 << self._width) - 1  # B − 1: the greatest digit, too
         self._mask = (1 << self._width * (self.TICKS + 1)) - 1
+        self._tick = self._tick_of(0)
 
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
-        width = self._width
-        tick_ns = self._tick_ns
-        limit = self.limit
-        tick, passed = divmod(now, tick_ns)
-        head = tick << 8 | width
+        start, end, head, expires = self._tick
+        if not start <= now < end:
+            start, end, head, expires = self._tick = self._tick_of(now)
         log = state >> 48
         age = head - (state & 0xFFFF_FFFF_FFFF)
         if age and log:
             if age & 0xFF:  # the limit, and so the width, was another when this was written
                 log = self._recast(log, state & 0xFF)
-                age = tick - (state >> 8 & 0xFF_FFFF_FFFF) << 8
+                age = (head >> 8) - (state >> 8 & 0xFF_FFFF_FFFF) << 8
             if age > 0:
-                log = (log << (age >> 8) * width) & self._mask if age <= 64 << 8 else 0
+                log = (log << (age >> 8) * self._width) & self._mask if age <= 64 << 8 else 0
             else:  # another process's clock is ahead of ours: time stands still until we are there
                 head -= age
-                passed += (age >> 8) * tick_ns
+                expires -= (age >> 8) * self._tick_ns
+        limit = self.limit
         spent = log % self._nines
         left = limit - spent - cost
         if left >= 0:
             log += cost
-            if not log:
-                return 0, Verdict(True, limit, left, 0, 0, None)
-            reset = self.lifetime_ns - passed
             if log > self._nines:
-                reset -= (log.bit_length() - 1) // width * tick_ns
-            return log << 48 | head, Verdict(True, limit, left, reset, 0, head if cost else None)
+                expires -= (log.bit_length() - 1) // self._width * self._tick_ns
+            elif not log:
+                return 0, Verdict(True, limit, left, 0, 0, None)
+            return log << 48 | head, Verdict(True, limit, left, expires - now, 0, head if cost else None)
         if not log:
             return state, Verdict(False, limit, limit, 0, NEVER, None)
-        oldest = (log.bit_length() - 1) // width
-        reset = self.lifetime_ns - oldest * tick_ns - passed
-        wait = self._wait(log, oldest, -left) - passed
+        oldest = (log.bit_length() - 1) // self._width
+        reset = expires - oldest * self._tick_ns - now
+        wait = self._wait(log, oldest, -left)
+        wait = NEVER if wait is None else expires - wait * self._tick_ns - now
         return state, Verdict(False, limit, max(0, limit - spent), reset, wait, None)
+
+    def _tick_of(self, now: int) -> tuple[int, int, int, int]:
+        """The tick of a time: its start and end, the head of a state written in it, when its hits expire.
+
+        The last one is remembered, for most steps fall into the tick of the one before.
+        """
+        tick = now // self._tick_ns
+        start = tick * self._tick_ns
+        return start, start + self._tick_ns, tick << 8 | self._width, start + self.lifetime_ns
 
     def give(self, state: State, now: int, cost: int, receipt: int) -> State:
         width = state & 0xFF
@@ -125,15 +134,15 @@ class SlidingWindow:
         newest = ((log & -log).bit_length() - 1) // (state & 0xFF)
         return ((state >> 8 & 0xFF_FFFF_FFFF) - newest + self.TICKS + 1) * self._tick_ns
 
-    def _wait(self, log: int, oldest: int, need: int) -> int:
-        """How long from the start of this tick until `need` units have left the window, the oldest first."""
+    def _wait(self, log: int, oldest: int, need: int) -> int | None:
+        """The age of the hits with which, the oldest first, `need` units have left the window; None for never."""
         if log % self._nines < need:
-            return 2 * NEVER
+            return None
         age = oldest
         while True:
             need -= log >> age * self._width & self._nines
             if need <= 0:
-                return (self.TICKS + 1 - age) * self._tick_ns
+                return age
             age -= 1
 
     def _recast(self, log: int, width: int) -> int:

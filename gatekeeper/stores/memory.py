@@ -7,7 +7,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Final
 
-from gatekeeper.commands import Batch, Limit, Replies, State, Verdict
+from gatekeeper.commands import Batch, Hits, Limit, Replies, State, Verdict
 
 OVERFLOW: Final = "\0overflow"
 """The key of the bucket that new keys beyond the bound share. No rule makes a key that begins with NUL."""
@@ -62,13 +62,14 @@ class MemoryStore:
         """How many keys are held, those included that have expired and are not yet dropped."""
         return self._keys
 
-    def ask(self, batch: Batch) -> Replies:
+    def ask(self, batch: Hits) -> Replies:
         replies: Replies = []
-        refused = False
+        spend, refused = True, False
         self._acquire()
         try:
             now = self._clock() + self._anchor
-            if batch.gives or batch.resets:
+            if isinstance(batch, Batch):
+                spend = batch.spend
                 self._undo(batch, now)
             for limit, key, cost in batch:
                 try:
@@ -79,23 +80,23 @@ class MemoryStore:
                 state = fresh.get(key)
                 if state is not None:
                     after, verdict = limit.step(state, now, cost)
-                    if verdict.allowed and batch.spend:
+                    if verdict.allowed and spend:
                         fresh[key] = after
                 else:
                     shard, key, state = self._find(shard, limit, key, now)
                     after, verdict = limit.step(state, now, cost)
-                    if verdict.allowed and batch.spend:
+                    if verdict.allowed and spend:
                         self._write(shard, key, after, now)
                 replies.append(verdict)
                 if not verdict.allowed:
                     refused = True
-            if refused and len(batch) > 1 and batch.spend:
+            if refused and spend and len(batch) > 1:
                 self._unspend(batch, replies, now)
         finally:
             self._release()
         return replies
 
-    async def aask(self, batch: Batch) -> Replies:
+    async def aask(self, batch: Hits) -> Replies:
         return self.ask(batch)
 
     def close(self) -> None:
@@ -171,7 +172,7 @@ class MemoryStore:
             if key != OVERFLOW:
                 self._write(shard, key, 0, now)
 
-    def _unspend(self, batch: Batch, replies: Replies, now: int) -> None:
+    def _unspend(self, batch: Hits, replies: Replies, now: int) -> None:
         """One of several hits was refused: undo the others, and let their verdicts show it."""
         for (limit, key, cost), verdict in zip(batch, replies, strict=True):
             if isinstance(verdict, Verdict) and verdict.receipt is not None:
