@@ -53,32 +53,32 @@ class GatekeeperMiddleware:
         request = ScopeRequest(scope)
         steps = gate.admit(request)
         ticket = await arun(steps, keeper.aask) if keeper.awaits else run(steps, keeper.ask)
-        if ticket.status:
+        if ticket.refused:
             if kind == "websocket":
                 await receive()  # websocket.connect
             await _refuse(scope, send, gate.refusal(ticket))
             return
         scope["gatekeeper"] = ticket
-        exchange = _Exchange(ticket, scope, send)
+        exchange = _Exchange(ticket, send)
         token = CURRENT.set(ticket) if keeper.decorates else None
         try:
             await self.app(scope, receive, exchange.send)
         except Limited as limited:
-            if not exchange.replaced:
+            if not ticket.replaced:
                 await exchange.limited(limited)
         except Exception:
-            exchange.status = exchange.status or 500
+            ticket.sent = ticket.sent or 500
             raise
         finally:
             if token is not None:
                 CURRENT.reset(token)
             if ticket.is_open:
-                await self._finish(ticket, exchange.outcome())
+                await self._finish(ticket)
             request.native = None  # scope and ticket held each other: the cycle would wait for the collector
 
-    async def _finish(self, ticket: Ticket, status: int | None) -> None:
+    async def _finish(self, ticket: Ticket) -> None:
         keeper = self.keeper
-        steps = keeper.gate.finish(ticket, status)
+        steps = keeper.gate.finish(ticket)
         if not keeper.awaits:
             run(steps, keeper.ask)
             return
@@ -98,59 +98,54 @@ class GatekeeperMiddleware:
 
 
 class _Exchange:
-    """What the application sends, on its way out; and what became of it."""
+    """What the application sends, on its way out."""
 
-    __slots__ = ("_scope", "_send", "_ticket", "ended", "replaced", "status")
+    __slots__ = ("_send", "_ticket")
 
-    def __init__(self, ticket: Ticket, scope: Scope, send: Send) -> None:
+    def __init__(self, ticket: Ticket, send: Send) -> None:
         self._ticket = ticket
-        self._scope = scope
         self._send = send
-        self.status = 0  # until the head of a response was sent
-        self.ended = False
-        self.replaced = False
 
     def send(self, message: Message) -> Awaitable[None]:
         # Not a coroutine: it returns the server's, so that a message costs no second one.
+        ticket = self._ticket
         kind = message["type"]
-        if self.replaced:
+        if ticket.replaced:
             return _nothing()
         if kind == "http.response.body":
-            self.ended = not message.get("more_body", False)
+            ticket.ended = "more_body" not in message or not message["more_body"]
         elif kind == "http.response.start" or kind == "websocket.accept":
-            ticket = self._ticket
-            self.status = message.get("status", 101)
-            if ticket.status and self.status >= 500:
-                # The application took a decorator's refusal for a fault of its own; we know better.
-                return self._replace(ticket.gate.refusal(ticket))
+            if kind == "websocket.accept":
+                ticket.sent, ticket.ended = 101, True
+            else:
+                ticket.sent = message["status"]
+                if ticket.refused and ticket.sent >= 500:
+                    # The application took a decorator's refusal for a fault of its own; we know better.
+                    return self._replace(ticket.gate.refusal(ticket))
             fields = ticket.gate.respond(ticket)
             if fields:
                 # Copied: the message may be one that the application sends again and again.
-                message = dict(message, headers=[*message.get("headers", ()), *fields])
+                message = dict(message)
+                message["headers"] = [*message.get("headers", ()), *fields]
         elif kind == "websocket.close":
-            self.ended = True
-            self.status = self.status or 403
+            ticket.sent, ticket.ended = ticket.sent or 403, True
         return self._send(message)
-
-    def outcome(self) -> int | None:
-        """The status, or None if the client left before the end."""
-        if self.status >= 500 or self._scope["type"] == "websocket":
-            return self.status or None
-        return self.status if self.ended else None
 
     async def limited(self, limited: Limited) -> None:
         """A decorator's refusal reached us: it is the answer, if none was begun."""
-        if not self.status:
-            await self._replace(self._ticket.gate.refusal(self._ticket, limited.verdict))
-        elif self._scope["type"] == "websocket" and not self.ended:
+        ticket = self._ticket
+        if not ticket.sent:
+            await self._replace(ticket.gate.refusal(ticket, limited.verdict))
+        elif ticket.request.native["type"] == "websocket":
             await self._send({"type": "websocket.close", "code": POLICY_VIOLATION})
         else:
             raise limited
 
     async def _replace(self, refusal: Refusal) -> None:
-        self.status = refusal.status
-        self.replaced = self.ended = True
-        await _refuse(self._scope, self._send, refusal)
+        ticket = self._ticket
+        ticket.sent = refusal.status
+        ticket.replaced = ticket.ended = True
+        await _refuse(ticket.request.native, self._send, refusal)
 
 
 async def _nothing() -> None:

@@ -172,7 +172,7 @@ def run(steps: Steps[R], ask: Callable[[Hits], Replies]) -> R:
     try:
         while True:
             question = steps.send(answer)
-            answer = _call(question) if isinstance(question, Call) else ask(question)
+            answer = ask(question) if question.__class__ is not Call else _call(question)  # type: ignore[arg-type]
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
 

@@ -44,10 +44,10 @@ def limit(
             ticket, rule = _ticket(keeper), inside
             if ticket is None:
                 ticket, rule = Ticket(keeper.gate, None, f"*{label}"), outside  # type: ignore[arg-type]
-            ticket.status = 0
+            ticket.refused = 0
             before = len(ticket.hits)
             yield from keeper.gate.extend(ticket, (rule,))
-            if ticket.status:
+            if ticket.refused:
                 raise Limited(min(ticket.verdicts[before:], key=tightness))
 
         if is_async:

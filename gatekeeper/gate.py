@@ -43,13 +43,17 @@ class Ticket:
     """The one context of a request, in `scope["gatekeeper"]` or `environ["gatekeeper.ticket"]`.
 
     - `request`; `address`: the client's, behind trusted proxies; `user`: None if unknown
-    - `status`: 0 while the request is admitted, else the status it was refused with (429, or 503 when a store
+    - `refused`: 0 while the request is admitted, else the status it was refused with (429, or 503 when a store
       did not answer and the rule denies)
+    - `sent`, `ended`: the status of the response once its head was sent (else 0), and whether all of it was
     - `charges`: each rate that was asked, with its verdict
     """
 
     user: str | None = None
-    status: int = 0
+    refused: int = 0
+    sent: int = 0
+    ended: bool = False
+    replaced: bool = False  # our refusal stands in place of the application's response
     # Rules, hits and verdicts in the order they were asked: a hit for each rate of each rule.
     rules: tuple[Rule, ...] = ()
     hits: Sequence[Hit] = ()
@@ -65,7 +69,7 @@ class Ticket:
 
     @property
     def allowed(self) -> bool:
-        return not self.status
+        return not self.refused
 
     @property
     def charges(self) -> list[Charge]:
@@ -91,14 +95,17 @@ class Gate:
     - `failures`: how often a rule was decided without its store, by "rule:policy"
     """
 
-    __slots__ = ("_fields", "_identity", "_policies", "_table", "failures", "rules")
+    __slots__ = ("_always", "_direct", "_fields", "_identity", "_policies", "_table", "failures", "rules")
 
     def __init__(self, rules: Iterable[Rule], identity: Identity, *, fields: bool = True) -> None:
         self.rules = tuple(rules)
         self.failures: Counter[str] = Counter()
         self._identity = identity
         self._fields = fields
+        self._direct = identity.direct
         self._table = Table((rule.pattern, rule) for rule in self.rules)
+        # Where no rule has a pattern all of them apply to each request.
+        self._always = self._table.always or ()
         self._policies: dict[tuple[Rule, ...], tuple[bytes, bytes]] = {}
 
     def ticket(self, request: Request) -> Ticket:
@@ -107,10 +114,12 @@ class Gate:
 
     def admit(self, request: Request) -> Steps[Ticket]:
         """Identify the client and charge the rules that match; `Ticket.allowed` is the decision."""
-        rules = self._table.match(request)
+        rules = self._always or self._table.match(request)
         if rules and request.method == "OPTIONS" and _is_preflight(request):
             rules = tuple(rule for rule in rules if rule.preflights)
-        return self.extend(Ticket(self, request, self._identity.address(request)), rules)
+        # A client that is its own peer, and was seen before, is one look-up.
+        address = self._direct.get(request.peer) or self._identity.address(request)
+        return self.extend(Ticket(self, request, address), rules)
 
     def extend(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[Ticket]:
         """Charge a request for rules: those that match, later those of decorators on its way.
@@ -163,10 +172,11 @@ class Gate:
         policy = self._policies[rules] = policy_field(rules)
         return policy
 
-    def finish(self, ticket: Ticket, status: int | None) -> Steps[None]:
-        """End a request, with this status or (None) because the client left before the answer ended."""
+    def finish(self, ticket: Ticket) -> Steps[None]:
+        """End a request. An answer that neither ended nor failed was broken off: the client left."""
         if ticket.is_open:
             ticket.is_open = False
+            status = ticket.sent if ticket.ended or ticket.sent >= 500 else None
             yield from self._give_back(
                 charge for charge in ticket.charges if outcome_matches(charge.limit.rule.gives_back, status)
             )
@@ -174,7 +184,7 @@ class Gate:
     def refusal(self, ticket: Ticket, verdict: Verdict | None = None) -> Refusal:
         """The answer to a request whose ticket is not allowed, or that `verdict` of another limit refused."""
         refused = [charge for charge in ticket.charges if not charge.verdict.allowed]
-        status = ticket.status or 429
+        status = ticket.refused or 429
         verdicts = [charge.verdict for charge in refused]
         retry = retry_seconds([verdict] if verdict is not None and not verdicts else verdicts)
         kind, body = refusal_body(
@@ -219,7 +229,7 @@ class Gate:
                 kept.append((hit, verdict))
                 refused = refused or not verdict.allowed
         if refused or denied:
-            ticket.status = 429 if refused else 503
+            ticket.refused = 429 if refused else 503
             spent = [Charge(*hit, verdict) for hit, verdict in kept]  # type: ignore[arg-type]
             yield from self._give_back([*ticket.charges, *spent])
         return [hit for hit, _ in kept], [verdict for _, verdict in kept]

@@ -62,7 +62,6 @@ class Identity:
     """
 
     __slots__ = (
-        "_direct",
         "_header",
         "_known",
         "_prefix",
@@ -70,6 +69,7 @@ class Identity:
         "_trusts_any",
         "_unix",
         "_user_field",
+        "direct",
         "user",
     )
 
@@ -93,21 +93,18 @@ class Identity:
         # text -> (its name as a key or None if it is no address, whether it is a trusted proxy)
         self._known: dict[str, tuple[str | None, bool]] = {}
         # The peers among them that are clients themselves: the usual case, in one look-up.
-        self._direct: dict[str, str] = {}
+        self.direct: dict[str | None, str] = {}
 
     def address(self, request: Request) -> str:
         """The name under which this client's address is counted."""
         peer = request.peer
         if not peer:
             return self._behind(request, UNKNOWN) if self._unix else UNKNOWN
-        direct = self._direct.get(peer)
-        if direct is not None:
-            return direct
         name, trusted = self._known.get(peer) or self._learn(peer)
         if name is not None and not trusted:
-            if len(self._direct) >= _REMEMBERED:
-                self._direct.clear()
-            self._direct[peer] = name
+            if len(self.direct) >= _REMEMBERED:
+                self.direct.clear()
+            self.direct[peer] = name
         if name is None:
             return peer[:64]  # what the server calls its peer, such as the name of a test client
         return self._behind(request, name) if trusted else name

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from inspect import iscoroutinefunction
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from gatekeeper.commands import run
 from gatekeeper.decorators import CURRENT
@@ -19,6 +19,8 @@ from gatekeeper.settings import Settings
 Environ: TypeAlias = dict[str, Any]
 StartResponse: TypeAlias = Callable[..., Callable[[bytes], object]]
 App: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
+
+T = TypeVar("T")
 
 _STATUS: Final = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
@@ -45,116 +47,106 @@ class GatekeeperMiddleware:
             return self.app(environ, start_response)
         request = EnvironRequest(environ)
         ticket = run(gate.admit(request), keeper.ask)
-        environ["gatekeeper.ticket"] = ticket
-        if ticket.status:
+        if ticket.refused:
             return _refuse(environ, start_response, gate.refusal(ticket))
-        exchange = _Exchange(keeper, ticket, environ, start_response)
+        environ["gatekeeper.ticket"] = ticket
+        exchange = _Exchange(ticket, start_response)
         if not keeper.decorates and not ticket.is_open:
             request.native = None  # environ and ticket held each other: the cycle would wait for the collector
             return self.app(environ, exchange.start)  # nothing to do when it ends: the body goes by untouched
-        token = CURRENT.set(ticket)
-        try:
-            body = self.app(environ, exchange.start)
-        except Limited as limited:
-            body = exchange.limited(limited)
-        except BaseException:
-            exchange.close(500)
-            raise
-        finally:
-            CURRENT.reset(token)
-        return _Body(exchange, body)
+        body = _Body(keeper, exchange)
+        body.begin(self.app, environ)
+        return body
 
 
 class _Exchange:
-    """What the application answers, on its way out; and what became of it."""
+    """What the application answers, on its way out."""
 
-    __slots__ = ("_environ", "_keeper", "_start_response", "replaced", "status", "ticket")
+    __slots__ = ("_start_response", "refusal", "ticket")
 
-    def __init__(self, keeper: Gatekeeper, ticket: Ticket, environ: Environ, start_response: StartResponse) -> None:
-        self._keeper = keeper
+    def __init__(self, ticket: Ticket, start_response: StartResponse) -> None:
         self.ticket = ticket
-        self._environ = environ
         self._start_response = start_response
-        self.status = 0
-        self.replaced: list[bytes] | None = None
+        self.refusal: list[bytes] = []
+        """The body in place of the application's, once `ticket.replaced`."""
 
     def start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
         """The `start_response` that the application is given."""
-        keeper, ticket = self._keeper, self.ticket
-        self.status = int(status[:3])
-        if ticket.status and self.status >= 500:
+        ticket = self.ticket
+        ticket.sent = int(status[:3])
+        if ticket.refused and ticket.sent >= 500:
             # The application took a decorator's refusal for a fault of its own; we know better.
-            self._replace(keeper.gate.refusal(ticket), *exc_info)
+            self.replace(ticket.gate.refusal(ticket), *exc_info)
             return _discard
-        headers = headers + [(name.decode(), value.decode()) for name, value in keeper.gate.respond(ticket)]
-        return self._start_response(status, headers, *exc_info)
+        fields = [(name.decode(), value.decode()) for name, value in ticket.gate.respond(ticket)]
+        return self._start_response(status, headers + fields, *exc_info)
 
-    def limited(self, limited: Limited) -> list[bytes]:
-        """A decorator's refusal reached us: it is the answer, if none was begun."""
-        if self.status:
-            self.close(500)
-            raise limited
-        return self._replace(self._keeper.gate.refusal(self.ticket, limited.verdict))
-
-    def close(self, status: int | None) -> None:
-        """The request is over; called once."""
-        self.ticket.request.native = None
-        if self.ticket.is_open:
-            run(self._keeper.gate.finish(self.ticket, status), self._keeper.ask)
-
-    def _replace(self, refusal: Refusal, *exc_info: Any) -> list[bytes]:
-        self.status = refusal.status
-        self.replaced = _refuse(self._environ, self._start_response, refusal, *exc_info)
-        return self.replaced
+    def replace(self, refusal: Refusal, *exc_info: Any) -> None:
+        self.ticket.sent = refusal.status
+        self.ticket.replaced = True
+        self.refusal = _refuse(self.ticket.request.native, self._start_response, refusal, *exc_info)
 
 
 class _Body:
-    """The application's body, watched for its end."""
+    """The application's body where its end matters, or where it may run while it is iterated."""
 
-    __slots__ = ("_body", "_ended", "_exchange", "_iterator")
+    __slots__ = ("_body", "_exchange", "_iterator", "_keeper")
 
-    def __init__(self, exchange: _Exchange, body: Iterable[bytes]) -> None:
+    def __init__(self, keeper: Gatekeeper, exchange: _Exchange) -> None:
+        self._keeper = keeper
         self._exchange = exchange
-        self._body = body
-        self._iterator: Iterator[bytes] | None = None
-        self._ended = False
+        self._body: Iterable[bytes] = ()
+        self._iterator: Iterator[bytes] = iter(())
+
+    def begin(self, app: App, environ: Environ) -> None:
+        nothing: Iterable[bytes] = ()
+        try:
+            self._body = self._watch(lambda: app(environ, self._exchange.start), nothing)
+            self._iterator = self._watch(lambda: iter(self._body), self._iterator)
+        except BaseException:
+            self.close()
+            raise
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        exchange = self._exchange
-        token = CURRENT.set(exchange.ticket)  # an application may run when it is iterated
-        try:
-            if self._iterator is None:
-                # Where the answer was replaced while the application ran, its body is closed unread.
-                self._iterator = iter(self._body if exchange.replaced is None else exchange.replaced)
-            chunk = next(self._iterator)
-        except StopIteration:
-            self._ended = True
-            raise
-        except Limited as limited:
-            self._iterator = iter(exchange.limited(limited))
-            return next(self)
-        except Exception:
-            exchange.status = 500
-            self._ended = True
-            raise
-        finally:
-            CURRENT.reset(token)
-        if exchange.replaced is not None and chunk not in exchange.replaced:
-            self._iterator = iter(exchange.replaced)
-            return next(self)
-        return chunk
+        ticket = self._exchange.ticket
+        if not ticket.replaced:
+            chunk = self._watch(lambda: next(self._iterator, None), None)
+            if chunk is not None and not ticket.replaced:
+                return chunk
+        if self._exchange.refusal:
+            return self._exchange.refusal.pop()
+        ticket.ended = True
+        raise StopIteration
 
     def close(self) -> None:
-        exchange = self._exchange
         try:
             close = getattr(self._body, "close", None)
             if close is not None:
                 close()
         finally:
-            exchange.close(exchange.status if self._ended else None)
+            ticket = self._exchange.ticket
+            ticket.request.native = None
+            run(self._keeper.gate.finish(ticket), self._keeper.ask)
+
+    def _watch(self, step: Callable[[], T], instead: T) -> T:
+        """Let the application run. A decorator's refusal that reaches us is the answer, if none was begun."""
+        ticket = self._exchange.ticket
+        token = CURRENT.set(ticket)
+        try:
+            return step()
+        except Limited as limited:
+            if ticket.sent:
+                raise
+            self._exchange.replace(ticket.gate.refusal(ticket, limited.verdict))
+            return instead
+        except Exception:
+            ticket.sent = 500
+            raise
+        finally:
+            CURRENT.reset(token)
 
 
 def _refuse(environ: Environ, start_response: StartResponse, refusal: Refusal, *exc_info: Any) -> list[bytes]:

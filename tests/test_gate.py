@@ -110,7 +110,7 @@ def test_a_cost_that_never_fits_is_not_told_to_wait() -> None:
 def test_a_store_that_does_not_answer_is_decided_by_policy_and_counted(on_error: OnError, status: int) -> None:
     gate = Gate([rule("a", on_error=on_error)], Identity())
     _, ticket = admit(gate, [DOWN])
-    assert ticket.status == status
+    assert ticket.refused == status
     assert gate.failures == {f"a:{on_error}": 1}
     if status:
         refusal = gate.refusal(ticket)
@@ -129,7 +129,7 @@ def test_the_default_is_to_count_in_this_process_while_the_store_does_not_answer
     assert [(limit.algorithm.limit, key) for limit, key, _ in local] == [(1, "192.0.2.1")], "its share of the limit"
     assert ticket.allowed
     _, ticket = admit(gate, [DOWN], [refused()])
-    assert ticket.status == 429
+    assert ticket.refused == 429
     assert gate.failures == {"a:local": 2}
 
 
@@ -139,7 +139,7 @@ def test_when_a_stand_in_refuses_what_the_store_has_admitted_is_given_back() -> 
     assert local.local
     assert not gives.local
     assert [(limit.name, receipt) for limit, _, _, receipt in gives.gives] == [("a", 11)]
-    assert ticket.status == 429
+    assert ticket.refused == 429
 
 
 def test_a_denial_gives_back_what_stand_ins_and_store_admitted_each_to_its_own() -> None:
@@ -147,7 +147,7 @@ def test_a_denial_gives_back_what_stand_ins_and_store_admitted_each_to_its_own()
     questions, ticket = admit(gate, [allowed(receipt=1), DOWN, DOWN], [allowed(receipt=2)], [], [])
     gives = [(batch.local, [receipt for *_, receipt in batch.gives]) for batch in questions[2:]]
     assert gives == [(False, [1]), (True, [2])]
-    assert ticket.status == 503
+    assert ticket.refused == 503
 
 
 def test_a_later_refusal_gives_back_what_was_spent_before() -> None:
@@ -156,7 +156,7 @@ def test_a_later_refusal_gives_back_what_was_spent_before() -> None:
     (batch, gives), _ = answer(gate.extend(ticket, (rule("deep"),)), [refused()], [])
     assert [limit.name for limit, _, _ in batch] == ["deep"]
     assert [(limit.name, receipt) for limit, _, _, receipt in gives.gives] == [("a", 3)]
-    assert ticket.status == 429
+    assert ticket.refused == 429
     assert ticket.tightest is not None
     assert ticket.tightest.limit.name == "deep"
     assert gate.respond(ticket)[1] == (b"ratelimit-policy", b'"a";q=2;w=60, "deep";q=2;w=60')
@@ -174,9 +174,10 @@ def test_an_outcome_that_does_not_count_is_given_back_once(
 ) -> None:
     gate = Gate([rule("a", gives_back=outcomes), rule("b")], Identity())
     _, ticket = admit(gate, [allowed(receipt=1), allowed(receipt=2)])
-    questions, _ = answer(gate.finish(ticket, status), *[[]] * given)
+    ticket.sent, ticket.ended = status or 200, status is not None
+    questions, _ = answer(gate.finish(ticket), *[[]] * given)
     assert [[receipt for *_, receipt in batch.gives] for batch in questions] == [[1]] * given
-    assert answer(gate.finish(ticket, status)) == ([], None)
+    assert answer(gate.finish(ticket)) == ([], None)
 
 
 def test_the_user_is_asked_once_and_only_if_a_rule_counts_by_user() -> None:

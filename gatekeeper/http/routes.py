@@ -141,7 +141,7 @@ class Table(Generic[T]):
     Exact paths are one look-up; the others are tried only if their first segment is the request's.
     """
 
-    __slots__ = ("_always", "_exact", "_hosts", "_open")
+    __slots__ = ("_exact", "_hosts", "_open", "always")
 
     def __init__(self, entries: Iterable[tuple[Pattern | None, T]]) -> None:
         always: list[T] | None = []
@@ -161,12 +161,12 @@ class Table(Generic[T]):
                 self._exact.setdefault(pattern.path, []).append(entry)
             else:
                 self._open.setdefault(pattern.first, []).append(entry)
-        # With no pattern anywhere the answer is the same for each request.
-        self._always = None if always is None else tuple(always)
+        # With no pattern anywhere the answer is the same for each request; else None.
+        self.always = None if always is None else tuple(always)
 
     def match(self, request: Request) -> tuple[T, ...]:
-        if self._always is not None:
-            return self._always
+        if self.always is not None:
+            return self.always
         host = host_of(request.field("host")) if self._hosts else ""
         path = request.path
         found: dict[int, T] = {}

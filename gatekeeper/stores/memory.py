@@ -68,7 +68,8 @@ class MemoryStore:
         self._acquire()
         try:
             now = self._clock() + self._anchor
-            if isinstance(batch, Batch):
+            if batch.__class__ is not list:
+                assert isinstance(batch, Batch)
                 spend = batch.spend
                 self._undo(batch, now)
             for limit, key, cost in batch:
