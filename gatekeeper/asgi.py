@@ -50,22 +50,25 @@ class GatekeeperMiddleware:
         if "gatekeeper" in scope and scope["gatekeeper"].gate is gate:
             await self.app(scope, receive, send)  # the same policy stands around us already
             return
-        request = ScopeRequest(scope)
-        steps = gate.admit(request)
-        ticket = await arun(steps, keeper.aask) if keeper.awaits else run(steps, keeper.ask)
+        ticket = _Ticket(scope)
+        ticket.outgoing = send
+        steps = gate.admit(ticket)
+        if keeper.awaits:
+            await arun(steps, keeper.aask)
+        else:
+            run(steps, keeper.ask)
         if ticket.refused:
             if kind == "websocket":
                 await receive()  # websocket.connect
             await _refuse(scope, send, gate.refusal(ticket))
             return
         scope["gatekeeper"] = ticket
-        exchange = _Exchange(ticket, send)
         token = CURRENT.set(ticket) if keeper.decorates else None
         try:
-            await self.app(scope, receive, exchange.send)
+            await self.app(scope, receive, ticket.forward)
         except Limited as limited:
             if not ticket.replaced:
-                await exchange.limited(limited)
+                await ticket.limited(limited)
         except Exception:
             ticket.sent = ticket.sent or 500
             raise
@@ -74,7 +77,7 @@ class GatekeeperMiddleware:
                 CURRENT.reset(token)
             if ticket.is_open:
                 await self._finish(ticket)
-            request.native = None  # scope and ticket held each other: the cycle would wait for the collector
+            ticket.native = None  # scope and ticket held each other: the cycle would wait for the collector
 
     async def _finish(self, ticket: Ticket) -> None:
         keeper = self.keeper
@@ -97,55 +100,49 @@ class GatekeeperMiddleware:
         await self.app(scope, receive, observe)
 
 
-class _Exchange:
-    """What the application sends, on its way out."""
+class _Ticket(ScopeRequest, Ticket):
+    """A ticket that what the application sends goes through, on its way out."""
 
-    __slots__ = ("_send", "_ticket")
+    outgoing: Send
+    """The server's `send`."""
 
-    def __init__(self, ticket: Ticket, send: Send) -> None:
-        self._ticket = ticket
-        self._send = send
-
-    def send(self, message: Message) -> Awaitable[None]:
+    def forward(self, message: Message) -> Awaitable[None]:
         # Not a coroutine: it returns the server's, so that a message costs no second one.
-        ticket = self._ticket
         kind = message["type"]
-        if ticket.replaced:
+        if self.replaced:
             return _nothing()
         if kind == "http.response.body":
-            ticket.ended = "more_body" not in message or not message["more_body"]
+            self.ended = "more_body" not in message or not message["more_body"]
         elif kind == "http.response.start" or kind == "websocket.accept":
             if kind == "websocket.accept":
-                ticket.sent, ticket.ended = 101, True
+                self.sent, self.ended = 101, True
             else:
-                ticket.sent = message["status"]
-                if ticket.refused and ticket.sent >= 500:
+                self.sent = message["status"]
+                if self.refused and self.sent >= 500:
                     # The application took a decorator's refusal for a fault of its own; we know better.
-                    return self._replace(ticket.gate.refusal(ticket))
-            fields = ticket.gate.respond(ticket)
+                    return self._replace(self.gate.refusal(self))
+            fields = self.gate.respond(self)
             if fields:
                 # Copied: the message may be one that the application sends again and again.
                 message = dict(message)
                 message["headers"] = [*message.get("headers", ()), *fields]
         elif kind == "websocket.close":
-            ticket.sent, ticket.ended = ticket.sent or 403, True
-        return self._send(message)
+            self.sent, self.ended = self.sent or 403, True
+        return self.outgoing(message)
 
     async def limited(self, limited: Limited) -> None:
         """A decorator's refusal reached us: it is the answer, if none was begun."""
-        ticket = self._ticket
-        if not ticket.sent:
-            await self._replace(ticket.gate.refusal(ticket, limited.verdict))
-        elif ticket.request.native["type"] == "websocket":
-            await self._send({"type": "websocket.close", "code": POLICY_VIOLATION})
+        if not self.sent:
+            await self._replace(self.gate.refusal(self, limited.verdict))
+        elif self.native["type"] == "websocket":
+            await self.outgoing({"type": "websocket.close", "code": POLICY_VIOLATION})
         else:
             raise limited
 
     async def _replace(self, refusal: Refusal) -> None:
-        ticket = self._ticket
-        ticket.sent = refusal.status
-        ticket.replaced = ticket.ended = True
-        await _refuse(ticket.request.native, self._send, refusal)
+        self.sent = refusal.status
+        self.replaced = self.ended = True
+        await _refuse(self.native, self.outgoing, refusal)
 
 
 async def _nothing() -> None:

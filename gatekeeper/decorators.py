@@ -43,7 +43,8 @@ def limit(
         def charge() -> Steps[None]:
             ticket, rule = _ticket(keeper), inside
             if ticket is None:
-                ticket, rule = Ticket(keeper.gate, None, f"*{label}"), outside  # type: ignore[arg-type]
+                ticket, rule = _Call(), outside
+                ticket.gate, ticket.address = keeper.gate, f"*{label}"
             ticket.refused = 0
             before = len(ticket.hits)
             yield from keeper.gate.extend(ticket, (rule,))
@@ -82,12 +83,25 @@ def _rule(rate: str, key: str | Sequence[str], cost: int, name: str, space: str)
     return Rule(limit.name, parse_rates(";".join(limit.rate)), keys=limit.key, cost=limit.cost, space=space)
 
 
+class _Call(Ticket):
+    """The ticket of a call outside of any request."""
+
+    method = path = ""
+    peer = native = None
+
+    def fields(self, name: str) -> list[str]:
+        return []
+
+    def field(self, name: str) -> str | None:
+        return None
+
+
 def _ticket(keeper: Gatekeeper) -> Ticket | None:
     current = CURRENT.get()
     if current is None or current.gate is keeper.gate:
         return current
     # The middleware around us is another Gatekeeper's, whose counters are not ours: only the request is shared.
-    return keeper.gate.ticket(current.request)
+    return current.of(keeper.gate)
 
 
 def _is_async(function: object) -> bool:

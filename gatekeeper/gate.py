@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from copy import copy
+from typing import NamedTuple, TypeVar
 
 from gatekeeper.commands import Batch, Call, Give, Hit, Replies, Steps, Verdict
 from gatekeeper.errors import StoreError
@@ -20,6 +21,9 @@ from gatekeeper.ratelimit.rules import RateLimit, Rule, outcome_matches
 
 DENIED_WAIT_NS = 1_000_000_000
 """How long a client is told to wait when a rule denies because its store does not answer."""
+
+
+T = TypeVar("T", bound="Ticket")
 
 
 class Refusal(NamedTuple):
@@ -39,16 +43,21 @@ class Charge(NamedTuple):
     verdict: Verdict
 
 
-class Ticket:
+class Ticket(Request):
     """The one context of a request, in `scope["gatekeeper"]` or `environ["gatekeeper.ticket"]`.
 
-    - `request`; `address`: the client's, behind trusted proxies; `user`: None if unknown
+    It is the request itself, and gathers what each stage decides of it. (A shell makes a class of its own of it,
+    so that a request costs one object.)
+
+    - `address`: the client's, behind trusted proxies; `user`: None if unknown
     - `refused`: 0 while the request is admitted, else the status it was refused with (429, or 503 when a store
       did not answer and the rule denies)
     - `sent`, `ended`: the status of the response once its head was sent (else 0), and whether all of it was
     - `charges`: each rate that was asked, with its verdict
     """
 
+    gate: Gate
+    address: str
     user: str | None = None
     refused: int = 0
     sent: int = 0
@@ -60,12 +69,16 @@ class Ticket:
     verdicts: Sequence[Verdict] = ()
     # Whether `finish` has something to do.
     is_open: bool = False
-    _asked_user: bool = False
+    asked_user: bool = False
 
-    def __init__(self, gate: Gate, request: Request, address: str) -> None:
-        self.gate = gate
-        self.request = request
-        self.address = address
+    def of(self, gate: Gate) -> Ticket:
+        """A ticket of another gate for the same request, to which nothing has been charged."""
+        other = copy(self)
+        for name in ("user", "refused", "rules", "hits", "verdicts", "is_open", "asked_user"):
+            other.__dict__.pop(name, None)
+        other.gate = gate
+        other.address = gate.address(other)
+        return other
 
     @property
     def allowed(self) -> bool:
@@ -84,7 +97,7 @@ class Ticket:
         return min(self.charges, key=lambda charge: tightness(charge.verdict), default=None)
 
     def __repr__(self) -> str:
-        return f"<Ticket {self.request.method} {self.address}: {list(self.verdicts)}>"
+        return f"<Ticket {self.method} {self.address}: {list(self.verdicts)}>"
 
 
 class Gate:
@@ -108,20 +121,23 @@ class Gate:
         self._always = self._table.always or ()
         self._policies: dict[tuple[Rule, ...], tuple[bytes, bytes]] = {}
 
-    def ticket(self, request: Request) -> Ticket:
-        """A ticket that nothing has been charged to."""
-        return Ticket(self, request, self._identity.address(request))
+    def address(self, request: Request) -> str:
+        """The name under which the client is counted."""
+        return self._identity.address(request)
 
-    def admit(self, request: Request) -> Steps[Ticket]:
-        """Identify the client and charge the rules that match; `Ticket.allowed` is the decision."""
-        rules = self._always or self._table.match(request)
-        if rules and request.method == "OPTIONS" and _is_preflight(request):
-            rules = tuple(rule for rule in rules if rule.preflights)
+    def admit(self, ticket: T) -> Steps[T]:
+        """Identify the client and charge the rules that match; `Ticket.refused` is the decision."""
+        ticket.gate = self
+        # On the instance, for what only its class has takes longer to read, and these are read for each message.
+        ticket.refused, ticket.replaced, ticket.is_open, ticket.hits = 0, False, False, ()
         # A client that is its own peer, and was seen before, is one look-up.
-        address = self._direct.get(request.peer) or self._identity.address(request)
-        return self.extend(Ticket(self, request, address), rules)
+        ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
+        rules = self._always or self._table.match(ticket)
+        if rules and ticket.method == "OPTIONS" and _is_preflight(ticket):
+            rules = tuple(rule for rule in rules if rule.preflights)
+        return self.extend(ticket, rules)
 
-    def extend(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[Ticket]:
+    def extend(self, ticket: T, rules: tuple[Rule, ...]) -> Steps[T]:
         """Charge a request for rules: those that match, later those of decorators on its way.
 
         All or nothing: if these refuse, what the request spent before is given back.
@@ -132,7 +148,7 @@ class Gate:
         for rule in rules:
             if rule.is_special:
                 ticket.is_open = ticket.is_open or bool(rule.gives_back)
-                if rule.needs_user and not ticket._asked_user:
+                if rule.needs_user and not ticket.asked_user:
                     yield from self._ask_user(ticket)
             key, cost = rule.key(ticket), rule.cost
             for limit in rule.limits:
@@ -191,17 +207,17 @@ class Gate:
             [charge.limit.name for charge in refused],
             retry,
             status=status,
-            problem=wants_problem(ticket.request.field("accept")),
+            problem=wants_problem(ticket.field("accept")),
         )
         return Refusal(status, common_fields(retry, kind, body) + self.respond(ticket), body)
 
     def _ask_user(self, ticket: Ticket) -> Steps[None]:
         identity = self._identity
-        ticket._asked_user = True
+        ticket.asked_user = True
         if identity.user is None:
-            ticket.user = identity.named_user(ticket.request)
+            ticket.user = identity.named_user(ticket)
         else:
-            user = yield Call(identity.user, ticket.request)
+            user = yield Call(identity.user, ticket)
             ticket.user = None if user is None else str(user)
 
     def _refuse(self, ticket: Ticket, hits: list[Hit], verdicts: Replies) -> Steps[tuple[list[Hit], Replies]]:

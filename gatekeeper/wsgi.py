@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from inspect import iscoroutinefunction
 from pathlib import Path
@@ -45,63 +45,61 @@ class GatekeeperMiddleware:
         before = environ.get("gatekeeper.ticket")
         if before is not None and before.gate is gate:  # the same middleware stands around us already
             return self.app(environ, start_response)
-        request = EnvironRequest(environ)
-        ticket = run(gate.admit(request), keeper.ask)
+        ticket = _Ticket(environ)
+        ticket.start_response = start_response
+        run(gate.admit(ticket), keeper.ask)
         if ticket.refused:
             return _refuse(environ, start_response, gate.refusal(ticket))
         environ["gatekeeper.ticket"] = ticket
-        exchange = _Exchange(ticket, start_response)
         if not keeper.decorates and not ticket.is_open:
-            request.native = None  # environ and ticket held each other: the cycle would wait for the collector
-            return self.app(environ, exchange.start)  # nothing to do when it ends: the body goes by untouched
-        body = _Body(keeper, exchange)
+            ticket.native = None  # environ and ticket held each other: the cycle would wait for the collector
+            return self.app(environ, ticket.start)  # nothing to do when it ends: the body goes by untouched
+        body = _Body(keeper, ticket)
         body.begin(self.app, environ)
         return body
 
 
-class _Exchange:
-    """What the application answers, on its way out."""
+class _Ticket(EnvironRequest, Ticket):
+    """A ticket that what the application answers goes through, on its way out."""
 
-    __slots__ = ("_start_response", "refusal", "ticket")
+    refusal: Sequence[bytes] = ()
+    """The body in place of the application's, once `replaced`."""
 
-    def __init__(self, ticket: Ticket, start_response: StartResponse) -> None:
-        self.ticket = ticket
-        self._start_response = start_response
-        self.refusal: list[bytes] = []
-        """The body in place of the application's, once `ticket.replaced`."""
+    start_response: StartResponse
+    """The server's."""
 
     def start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
         """The `start_response` that the application is given."""
-        ticket = self.ticket
-        ticket.sent = int(status[:3])
-        if ticket.refused and ticket.sent >= 500:
+        self.sent = int(status[:3])
+        if self.refused and self.sent >= 500:
             # The application took a decorator's refusal for a fault of its own; we know better.
-            self.replace(ticket.gate.refusal(ticket), *exc_info)
+            self.replace(self.gate.refusal(self), *exc_info)
             return _discard
-        fields = [(name.decode(), value.decode()) for name, value in ticket.gate.respond(ticket)]
-        return self._start_response(status, headers + fields, *exc_info)
+        fields = [(name.decode(), value.decode()) for name, value in self.gate.respond(self)]
+        return self.start_response(status, headers + fields, *exc_info)
 
     def replace(self, refusal: Refusal, *exc_info: Any) -> None:
-        self.ticket.sent = refusal.status
-        self.ticket.replaced = True
-        self.refusal = _refuse(self.ticket.request.native, self._start_response, refusal, *exc_info)
+        self.sent = refusal.status
+        self.replaced = True
+        self.refusal = _refuse(self.native, self.start_response, refusal, *exc_info)
 
 
 class _Body:
     """The application's body where its end matters, or where it may run while it is iterated."""
 
-    __slots__ = ("_body", "_exchange", "_iterator", "_keeper")
+    __slots__ = ("_body", "_iterator", "_keeper", "_rest", "_ticket")
 
-    def __init__(self, keeper: Gatekeeper, exchange: _Exchange) -> None:
+    def __init__(self, keeper: Gatekeeper, ticket: _Ticket) -> None:
         self._keeper = keeper
-        self._exchange = exchange
+        self._ticket = ticket
         self._body: Iterable[bytes] = ()
         self._iterator: Iterator[bytes] = iter(())
+        self._rest: Iterator[bytes] | None = None
 
     def begin(self, app: App, environ: Environ) -> None:
         nothing: Iterable[bytes] = ()
         try:
-            self._body = self._watch(lambda: app(environ, self._exchange.start), nothing)
+            self._body = self._watch(lambda: app(environ, self._ticket.start), nothing)
             self._iterator = self._watch(lambda: iter(self._body), self._iterator)
         except BaseException:
             self.close()
@@ -111,36 +109,39 @@ class _Body:
         return self
 
     def __next__(self) -> bytes:
-        ticket = self._exchange.ticket
+        ticket = self._ticket
         if not ticket.replaced:
             chunk = self._watch(lambda: next(self._iterator, None), None)
-            if chunk is not None and not ticket.replaced:
-                return chunk
-        if self._exchange.refusal:
-            return self._exchange.refusal.pop()
-        ticket.ended = True
-        raise StopIteration
+            if not ticket.replaced:
+                if chunk is not None:
+                    return chunk
+                ticket.ended = True
+                raise StopIteration
+        if self._rest is None:
+            self._rest = iter(ticket.refusal)
+            ticket.ended = True
+        return next(self._rest)
 
     def close(self) -> None:
+        ticket = self._ticket
         try:
             close = getattr(self._body, "close", None)
             if close is not None:
                 close()
         finally:
-            ticket = self._exchange.ticket
-            ticket.request.native = None
+            ticket.native = None
             run(self._keeper.gate.finish(ticket), self._keeper.ask)
 
     def _watch(self, step: Callable[[], T], instead: T) -> T:
         """Let the application run. A decorator's refusal that reaches us is the answer, if none was begun."""
-        ticket = self._exchange.ticket
+        ticket = self._ticket
         token = CURRENT.set(ticket)
         try:
             return step()
         except Limited as limited:
             if ticket.sent:
                 raise
-            self._exchange.replace(ticket.gate.refusal(ticket, limited.verdict))
+            ticket.replace(ticket.gate.refusal(ticket, limited.verdict))
             return instead
         except Exception:
             ticket.sent = 500

@@ -18,8 +18,12 @@ from gatekeeper.ratelimit.rules import OnError, Rule
 DOWN = StoreError("down")
 
 
-def request(path: str = "/", method: str = "GET") -> ScopeRequest:
-    return ScopeRequest({"method": method, "path": path, "headers": [], "client": ("192.0.2.1", 1)})
+class Asked(ScopeRequest, Ticket):
+    """A ticket over a scope, as the ASGI shell has one."""
+
+
+def request(path: str = "/", method: str = "GET") -> Asked:
+    return Asked({"method": method, "path": path, "headers": [], "client": ("192.0.2.1", 1)})
 
 
 def allowed(remaining: int = 1, receipt: int = 7) -> Verdict:
@@ -188,7 +192,7 @@ def test_the_user_is_asked_once_and_only_if_a_rule_counts_by_user() -> None:
     rules = (rule("a", keys=["user"]), rule("b", keys=["user", "ip"]))
     (call, batch), ticket = admit(Gate(rules, identity), 42, [allowed(), allowed()])
     assert isinstance(call, Call)
-    assert (call.function, call.argument) == (function, ticket.request)
+    assert (call.function, call.argument) == (function, ticket)
     assert [key for _, key, _ in batch] == ["=42", "2=42|9=192.0.2.1|"]
     (only,), _ = admit(Gate([rule("c")], identity), [allowed()])
     assert not isinstance(only, Call)
@@ -200,7 +204,7 @@ def test_values_that_look_alike_are_different_keys() -> None:
         headers = [(name, value.encode()) for name, value in ((b"x", first), (b"y", second)) if value is not None]
         scope = {"method": "GET", "path": "/", "headers": headers, "client": ("192.0.2.1", 1)}
         gate = Gate([rule(keys=["header:x", "header:y"])], Identity())
-        (batch,), _ = answer(gate.admit(ScopeRequest(scope)), [allowed()])
+        (batch,), _ = answer(gate.admit(Asked(scope)), [allowed()])
         keys.add(batch[0][1])
     # An empty field counts as a missing one.
     assert len(keys) == 6

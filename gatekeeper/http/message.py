@@ -39,8 +39,6 @@ class Request(Protocol):
 class ScopeRequest:
     """A Request over an ASGI scope ("http" or "websocket")."""
 
-    __slots__ = ("method", "native", "path", "peer")
-
     def __init__(self, scope: Any) -> None:
         self.native = scope
         self.method = scope.get("method", "GET").upper()  # a WebSocket begins as a GET
@@ -59,8 +57,6 @@ class ScopeRequest:
 
 class EnvironRequest:
     """A Request over a WSGI environ (PEP 3333)."""
-
-    __slots__ = ("method", "native", "path", "peer")
 
     def __init__(self, environ: dict[str, Any]) -> None:
         self.native: Any = environ

@@ -21,11 +21,8 @@ OnError: TypeAlias = Literal["local", "allow", "deny"]
 LONGEST_KEY: Final = 128
 
 
-class Subject(Protocol):
-    """What a key is made of. (A gate's Ticket is one.)"""
-
-    @property
-    def request(self) -> Request: ...
+class Subject(Request, Protocol):
+    """What a key is made of: a request whose client is known. (A gate's Ticket is one.)"""
 
     @property
     def address(self) -> str: ...
@@ -40,8 +37,8 @@ KEYS: Final[dict[str, KeyPart]] = {
     "ip": lambda subject, rule: subject.address,
     "user": lambda subject, rule: subject.user,
     "route": lambda subject, rule: rule.route,
-    "method": lambda subject, rule: subject.request.method,
-    "host": lambda subject, rule: host_of(subject.request.field("host")),
+    "method": lambda subject, rule: subject.method,
+    "host": lambda subject, rule: host_of(subject.field("host")),
     "global": lambda subject, rule: "",
 }
 """The parts of a key by name; besides them there is "header:NAME".
@@ -62,7 +59,7 @@ def key_part(text: str) -> KeyPart:
     kind, _, name = text.partition(":")
     if kind == "header" and re.fullmatch("[A-Za-z0-9-]{1,64}", name):
         field = name.lower()
-        return lambda subject, rule: subject.request.field(field) or None
+        return lambda subject, rule: subject.field(field) or None
     raise KeyPartError(f"expected {', '.join(KEYS)} or header:NAME")
 
 

@@ -38,8 +38,8 @@ class MemoryStore:
 
     - `max_keys`: how many keys it holds at most (default 1,000,000). New keys beyond it share one bucket a
       rule, which still limits them; keys already held are never put out before they expire.
-    - `clock`: returns nanoseconds and never goes back. By default wall time, read once and then advanced by the
-      monotonic clock.
+    - `clock`: returns nanoseconds and never goes back; by default the system's monotonic clock. Nothing here asks
+      for the time of day.
 
     `overflowed` counts the hits that fell into the shared buckets.
     """
@@ -50,7 +50,6 @@ class MemoryStore:
         self.max_keys = max_keys
         self.overflowed = 0
         self._clock = clock if clock is not None else time.monotonic_ns
-        self._anchor = 0 if clock is not None else time.time_ns() - time.monotonic_ns()
         lock = Lock()
         self._acquire, self._release = lock.acquire, lock.release
         self._tables: dict[str, list[_Shard]] = {}
@@ -67,7 +66,7 @@ class MemoryStore:
         spend, refused = True, False
         self._acquire()
         try:
-            now = self._clock() + self._anchor
+            now = self._clock()
             if batch.__class__ is not list:
                 assert isinstance(batch, Batch)
                 spend = batch.spend
