@@ -150,7 +150,8 @@ class Gate:
                 ticket.is_open = ticket.is_open or bool(rule.gives_back)
                 if rule.needs_user and not ticket.asked_user:
                     yield from self._ask_user(ticket)
-            key, cost = rule.key(ticket), rule.cost
+            key = ticket.address if rule.by_address else rule.key(ticket)
+            cost = rule.cost
             for limit in rule.limits:
                 hits.append((limit, key, cost))
         verdicts: Replies = yield hits

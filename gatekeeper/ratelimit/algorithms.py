@@ -1,7 +1,7 @@
 """How hits are counted. Each algorithm is pure: `step(state, now, cost) -> (state, Verdict)`.
 
-A state is one integer, 0 for a key never hit; a refusal leaves it as it was. What each promises of a rate
-N/period, for every sequence of hits whatever their spacing:
+A state is an integer or a pair of them, None for a key never hit; a refusal leaves it as it was. What each
+promises of a rate N/period, for every sequence of hits whatever their spacing:
 
 - `sliding_window` (default): never more than N in any window of one period.
 - `gcra`: at most burst + N·t/period in any time t.
@@ -52,11 +52,11 @@ class SlidingWindow:
 
     The whole log is one integer, so that it ages by a shift and is summed by a remainder::
 
-        … | hits 2 ticks ago | hits 1 tick ago | hits of this tick | tick (40 bits) | width (8 bits)
+        … | hits 2 ticks ago | hits 1 tick ago | hits of this tick
 
     Each count is `width` bits wide, which holds limit + 1. For digits d of base B the number is ≡ Σd mod B − 1,
-    and Σd ≤ limit < B − 1: the remainder *is* the sum. The width depends on the limit and stands in the state,
-    so that a state outlives a change of the limit.
+    and Σd ≤ limit < B − 1: the remainder *is* the sum. The state is (head, log), and the head is the tick that the
+    lowest digit is of, with the width in its low 8 bits: so a state outlives a change of the limit.
     """
 
     __slots__ = ("_mask", "_nines", "_tick", "_tick_ns", "_width", "lifetime_ns", "limit", "window_ns")
@@ -78,17 +78,19 @@ class SlidingWindow:
         start, end, head, expires = self._tick
         if not start <= now < end:
             start, end, head, expires = self._tick = self._tick_of(now)
-        log = state >> 48
-        age = head - (state & 0xFFFF_FFFF_FFFF)
-        if age and log:
-            if age & 0xFF:  # the limit, and so the width, was another when this was written
-                log = self._recast(log, state & 0xFF)
-                age = (head >> 8) - (state >> 8 & 0xFF_FFFF_FFFF) << 8
-            if age > 0:
-                log = (log << (age >> 8) * self._width) & self._mask if age <= 64 << 8 else 0
-            else:  # another process's clock is ahead of ours: time stands still until we are there
-                head -= age
-                expires -= (age >> 8) * self._tick_ns
+        log = 0
+        if state is not None:
+            written, log = state
+            if written != head:
+                age = head - written
+                if age & 0xFF:  # the limit, and so the width, was another when this was written
+                    log = self._recast(log, written & 0xFF)
+                    age = (head >> 8) - (written >> 8) << 8
+                if age >= 0:
+                    log = (log << (age >> 8) * self._width) & self._mask if age <= 64 << 8 else 0
+                else:  # another process's clock is ahead of ours: time stands still until we are there
+                    head -= age
+                    expires -= (age >> 8) * self._tick_ns
         limit = self.limit
         spent = log % self._nines
         left = limit - spent - cost
@@ -97,8 +99,8 @@ class SlidingWindow:
             if log > self._nines:
                 expires -= (log.bit_length() - 1) // self._width * self._tick_ns
             elif not log:
-                return 0, Verdict(True, limit, left, 0, 0, None)
-            return log << 48 | head, Verdict(True, limit, left, expires - now, 0, head if cost else None)
+                return None, Verdict(True, limit, left, 0, 0, None)
+            return (head, log), Verdict(True, limit, left, expires - now, 0, head if cost else None)
         if not log:
             return state, Verdict(False, limit, limit, 0, NEVER, None)
         oldest = (log.bit_length() - 1) // self._width
@@ -106,6 +108,26 @@ class SlidingWindow:
         wait = self._wait(log, oldest, -left)
         wait = NEVER if wait is None else expires - wait * self._tick_ns - now
         return state, Verdict(False, limit, max(0, limit - spent), reset, wait, None)
+
+    def give(self, state: State, now: int, cost: int, receipt: int) -> State:
+        if state is None:
+            return None
+        head, log = state
+        age = (head >> 8) - (receipt >> 8)
+        if not 0 <= age <= self.TICKS:
+            return state
+        width = head & 0xFF
+        count = log >> width * age & (1 << width) - 1
+        log -= min(count, cost) << width * age
+        return (head, log) if log else None
+
+    def ends(self, state: State) -> int:
+        if state is None:
+            return 0
+        head, log = state
+        # The newest hit goes last: it stands in the lowest digit that is not nought.
+        newest = ((log & -log).bit_length() - 1) // (head & 0xFF)
+        return int(((head >> 8) - newest + self.TICKS + 1) * self._tick_ns)
 
     def _tick_of(self, now: int) -> tuple[int, int, int, int]:
         """The tick of a time: its start and end, the head of a state written in it, when its hits expire.
@@ -115,24 +137,6 @@ class SlidingWindow:
         tick = now // self._tick_ns
         start = tick * self._tick_ns
         return start, start + self._tick_ns, tick << 8 | self._width, start + self.lifetime_ns
-
-    def give(self, state: State, now: int, cost: int, receipt: int) -> State:
-        width = state & 0xFF
-        age = (state >> 8 & 0xFF_FFFF_FFFF) - (receipt >> 8)
-        if not state or not 0 <= age <= self.TICKS:
-            return state
-        shift = 48 + width * age
-        count = state >> shift & (1 << width) - 1
-        state -= min(count, cost) << shift
-        return state if state >> 48 else 0
-
-    def ends(self, state: State) -> int:
-        log = state >> 48
-        if not log:
-            return 0
-        # The newest hit goes last: it stands in the lowest digit that is not nought.
-        newest = ((log & -log).bit_length() - 1) // (state & 0xFF)
-        return ((state >> 8 & 0xFF_FFFF_FFFF) - newest + self.TICKS + 1) * self._tick_ns
 
     def _wait(self, log: int, oldest: int, need: int) -> int | None:
         """The age of the hits with which, the oldest first, `need` units have left the window; None for never."""
@@ -179,8 +183,8 @@ class Gcra:
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         emission = self._emission_ns
         limit = self.limit
-        tat, given = state, 0
-        if state > _TAT:
+        tat, given = state or 0, 0
+        if tat > _TAT:
             tat = state & _TAT
             given = state - tat
         if tat <= now:
@@ -190,7 +194,7 @@ class Gcra:
         if room >= 0:
             left = room // emission
             if left == limit:
-                return 0, Verdict(True, limit, left, 0, 0, None)
+                return None, Verdict(True, limit, left, 0, 0, None)
             then += given
             return then, Verdict(True, limit, left, (left + 1) * emission - room, 0, then if cost else None)
         missing = max(0, tat - now)
@@ -203,14 +207,16 @@ class Gcra:
         # Hits flow off in the order they came, each when the TAT it left has passed. Of this one there is left
         # what lies between now and its TAT, and that lies the nearer the more was given back since: perhaps of
         # hits before it. To give more would give twice what has flowed off already.
+        if state is None:
+            return None
         tat, given = state & _TAT, state >> 64
         flows_off = (receipt & _TAT) - max(0, given - (receipt >> 64))
         back = max(0, min(cost * self._emission_ns, flows_off - now))
         tat -= back
-        return (given + back) << 64 | tat if tat > now else 0
+        return (given + back) << 64 | tat if tat > now else None
 
     def ends(self, state: State) -> int:
-        return state & _TAT
+        return 0 if state is None else int(state) & _TAT
 
 
 class SlidingCounter:
@@ -238,27 +244,31 @@ class SlidingCounter:
             here += cost
             reset = self._falls(passed, here, before, here + weight - 1)
             verdict = Verdict(True, limit, left - cost, reset, 0, window if cost else None)
-            return (window << 64 | here << 32 | before) if here or before else 0, verdict
+            return (window << 64 | here << 32 | before) if here or before else None, verdict
         reset = self._falls(passed, here, before, here + weight - 1)
         wait = self._falls(passed, here, before, limit - cost) if cost <= limit else NEVER
         return state, Verdict(False, limit, max(0, left), reset, wait, None)
 
     def give(self, state: State, now: int, cost: int, receipt: int) -> State:
+        if state is None:
+            return None
         window, here, before = state >> 64, state >> 32 & 0xFFFF_FFFF, state & 0xFFFF_FFFF
         if receipt == window:
             here = max(0, here - cost)
         elif receipt == window - 1:
             before = max(0, before - cost)
-        return window << 64 | here << 32 | before if here or before else 0
+        return window << 64 | here << 32 | before if here or before else None
 
     def ends(self, state: State) -> int:
-        if not state:
+        if state is None:
             return 0
-        return ((state >> 64) + (2 if state >> 32 & 0xFFFF_FFFF else 1)) * self.window_ns
+        return (int(state >> 64) + (2 if state >> 32 & 0xFFFF_FFFF else 1)) * self.window_ns
 
     def _at(self, state: State, now: int) -> tuple[int, int, int, int]:
         """(window, time passed in it, hits in it, hits in the one before) at `now`."""
         window, passed = divmod(now, self.window_ns)
+        if state is None:
+            return window, passed, 0, 0
         written, here, before = state >> 64, state >> 32 & 0xFFFF_FFFF, state & 0xFFFF_FFFF
         if window == written:
             return window, passed, here, before
@@ -291,26 +301,26 @@ class FixedWindow:
 
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         limit = self.limit
-        start, count = state >> 32, state & 0xFFFF_FFFF
-        if start + self.window_ns <= now or not state:
+        start, count = (now, 0) if state is None else (state >> 32, state & 0xFFFF_FFFF)
+        if start + self.window_ns <= now:
             start, count = now, 0
         left = limit - count - cost
         reset = start + self.window_ns - now
         if left >= 0:
             if not count + cost:
-                return 0, Verdict(True, limit, left, 0, 0, None)
+                return None, Verdict(True, limit, left, 0, 0, None)
             return start << 32 | count + cost, Verdict(True, limit, left, reset, 0, start if cost else None)
         wait = reset if cost <= limit else NEVER
         return state, Verdict(False, limit, max(0, limit - count), reset if count else 0, wait, None)
 
     def give(self, state: State, now: int, cost: int, receipt: int) -> State:
-        if receipt != state >> 32:
+        if state is None or receipt != state >> 32:
             return state
         count = (state & 0xFFFF_FFFF) - cost
-        return receipt << 32 | count if count > 0 else 0
+        return receipt << 32 | count if count > 0 else None
 
     def ends(self, state: State) -> int:
-        return (state >> 32) + self.window_ns if state else 0
+        return 0 if state is None else int(state >> 32) + self.window_ns
 
 
 ALGORITHMS: Final[dict[str, type[SlidingWindow | Gcra | SlidingCounter | FixedWindow]]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Final, Literal, Protocol, TypeAlias
 
 from gatekeeper.errors import GatekeeperError
@@ -117,8 +116,18 @@ class Rule:
     """
 
     __slots__ = (
-        "_parts", "cost", "gives_back", "is_special", "key", "limits", "name", "needs_user", "on_error", "pattern",
-        "preflights", "route",
+        "_parts",
+        "by_address",
+        "cost",
+        "gives_back",
+        "is_special",
+        "limits",
+        "name",
+        "needs_user",
+        "on_error",
+        "pattern",
+        "preflights",
+        "route",
     )  # fmt: skip
 
     def __init__(
@@ -148,9 +157,8 @@ class Rule:
         self.needs_user = "user" in keys
         self.is_special = self.needs_user or bool(gives_back)
         self._parts = tuple(key_part(text) for text in keys)
-        self.key: Callable[[Subject], str] = (
-            attrgetter("address") if tuple(keys) == ("ip",) else self._single if len(keys) == 1 else self._joined
-        )
+        # The usual key, for which `key` need not be called.
+        self.by_address = tuple(keys) == ("ip",)
         limits = []
         for rate in rates:
             told = name if len(rates) == 1 else f"{name}-{rate.period}s"
@@ -160,12 +168,14 @@ class Rule:
             limits.append(RateLimit(self, told, table, bind(algorithm, rate, burst), standin))
         self.limits = tuple(limits)
 
-    def _single(self, subject: Subject) -> str:
-        part = self._parts[0](subject, self)
-        # What stands in for a missing part is marked, so that no value can be mistaken for an address.
-        return "@" + subject.address if part is None else bounded("=" + part)
-
-    def _joined(self, subject: Subject) -> str:
+    def key(self, subject: Subject) -> str:
+        """Whose quota a request spends."""
+        if self.by_address:
+            return subject.address
+        if len(self._parts) == 1:
+            value = self._parts[0](subject, self)
+            # What stands in for a missing part is marked, so that no value can be mistaken for an address.
+            return f"@{subject.address}" if value is None else bounded(f"={value}")
         key = ""
         for part in self._parts:
             value = part(subject, self)

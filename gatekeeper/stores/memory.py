@@ -130,7 +130,7 @@ class MemoryStore:
                 key = OVERFLOW
                 shard = self._tables[limit.space][hash(key) & 63]
                 state = shard.fresh.get(key) or shard.stale.get(key)
-        return shard, key, state or 0
+        return shard, key, state
 
     def _locate(self, limit: Limit, key: str, now: int) -> tuple[_Shard, str, State]:
         shards = self._tables.get(limit.space) or self._open(limit, now)
@@ -140,12 +140,12 @@ class MemoryStore:
         if now >= shard.turn:
             self._turn(shard, now)
         if key in shard.fresh or shard.stale.pop(key, None) is not None:
-            if state:
+            if state is not None:
                 shard.fresh[key] = state
             else:
                 shard.fresh.pop(key, None)
                 self._keys -= 1
-        elif state:
+        elif state is not None:
             shard.fresh[key] = state
             self._keys += 1
             self._sweep(now)
@@ -170,7 +170,7 @@ class MemoryStore:
         for limit, key in batch.resets:
             shard, key, _ = self._locate(limit, key, now)
             if key != OVERFLOW:
-                self._write(shard, key, 0, now)
+                self._write(shard, key, None, now)
 
     def _unspend(self, batch: Hits, replies: Replies, now: int) -> None:
         """One of several hits was refused: undo the others, and let their verdicts show it."""
