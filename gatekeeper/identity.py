@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
-from gatekeeper.commands import Call
 from gatekeeper.http.message import Request, split_list
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -62,16 +61,8 @@ class Identity:
     """
 
     __slots__ = (
-        "_header",
-        "_known",
-        "_prefix",
-        "_trusted",
-        "_trusts_any",
-        "_unix",
-        "_user_field",
-        "direct",
-        "user",
-    )
+        "_header", "_known", "_prefix", "_trusted", "_trusts_any", "_unix", "_user_field", "direct", "user",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -108,10 +99,6 @@ class Identity:
         if name is None:
             return peer[:64]  # what the server calls its peer, such as the name of a test client
         return self._behind(request, name) if trusted else name
-
-    def call(self, request: Request) -> Call | None:
-        """The question whose answer is the user, if a function tells it."""
-        return None if self.user is None else Call(self.user, request)
 
     def named_user(self, request: Request) -> str | None:
         """The user that a trusted peer names in its field."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatekeeper.commands import Call
-from gatekeeper.http.message import EnvironRequest, Request, ScopeRequest
+from gatekeeper.http.message import EnvironRequest, ScopeRequest
 from gatekeeper.identity import UNKNOWN, Identity, parse_address
 
 CLIENT = "198.51.100.7"
@@ -386,13 +384,3 @@ def test_without_a_named_field_or_with_an_empty_one_there_is_no_user(home: Any) 
     identity = Identity(trusted=TRUSTED, user_field="x-user")
     assert identity.named_user(home(PROXY)) is None
     assert identity.named_user(home(PROXY, ("x-user", ""))) is None
-
-
-def test_a_function_that_tells_the_user_is_asked_of_the_shell() -> None:
-    def user(request: Request) -> str:
-        return quote(request.path)
-
-    request = scope(CLIENT)
-    call = Identity(user=user).call(request)
-    assert isinstance(call, Call)
-    assert Identity().call(request) is None

@@ -77,8 +77,8 @@ class RateLimit:
     """
 
     __slots__ = (
-        "algorithm", "give", "item", "lifetime_ns", "name", "policy", "policy_field", "rule", "space", "standin",
-        "step",
+        "algorithm", "give", "item", "lifetime_ns", "name", "policy", "policy_field", "rule", "space",
+        "standin", "step",
     )  # fmt: skip
 
     def __init__(self, rule: Rule, name: str, space: str, algorithm: Algorithm, standin: RateLimit | None) -> None:
@@ -116,18 +116,8 @@ class Rule:
     """
 
     __slots__ = (
-        "_parts",
-        "by_address",
-        "cost",
-        "gives_back",
-        "is_special",
-        "limits",
-        "name",
-        "needs_user",
-        "on_error",
-        "pattern",
-        "preflights",
-        "route",
+        "_parts", "by_address", "cost", "gives_back", "is_special", "limits", "name", "needs_user", "on_error",
+        "pattern", "preflights", "route",
     )  # fmt: skip
 
     def __init__(

@@ -121,6 +121,8 @@ class MemoryStore:
 
     def _find(self, shard: _Shard, limit: Limit, key: str, now: int) -> tuple[_Shard, str, State]:
         """Where a key is, or a new one would be: in its shard, or beyond the bound in the shared bucket."""
+        # A limit that was changed in operation may live longer than the one the shard was made for.
+        shard.lifetime_ns = max(shard.lifetime_ns, limit.lifetime_ns)
         # A state that has expired counts for nothing, so it does not matter whether it is still held.
         state = shard.fresh.get(key) or shard.stale.get(key)
         if state is None and self._keys >= self.max_keys:
