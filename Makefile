@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 
 .PHONY: run test check bench soak clean
 
+# PORT=… chooses the port.
+PORT ?= 8080
+
 run: $(VENV)/dev
-	$(BIN)/python examples/limited_app.py
+	$(BIN)/python examples/limited_app.py --port $(PORT)
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 -q
@@ -27,9 +30,10 @@ clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
 
 $(VENV)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): make PYTHON=/path/to/python" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip, venv' \
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "Python's venv module is missing (Debian: apt install python3-venv)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@

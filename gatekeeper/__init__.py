@@ -1,4 +1,4 @@
-"""Rate limits, sessions and upstream dispatch at the front door of a Python web application."""
+"""Rate limits at the front door of a Python web application."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gatekeeper.commands import arun, run
-from gatekeeper.decorators import CURRENT
+from gatekeeper.decorators import CURRENT, IN_USE
 from gatekeeper.errors import Limited
 from gatekeeper.gate import Refusal, Ticket
 from gatekeeper.http.message import ScopeRequest
@@ -20,6 +20,8 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_HEADS = frozenset(["http.response.start", "websocket.accept", "websocket.http.response.start"])
 
 POLICY_VIOLATION = 1008
 """The close code of a WebSocket that a limit ends (RFC 6455, 7.4.1)."""
@@ -47,30 +49,32 @@ class GatekeeperMiddleware:
             return
         keeper = self.keeper
         gate = keeper.gate
-        if "gatekeeper" in scope and scope["gatekeeper"].gate is gate:
-            await self.app(scope, receive, send)  # the same policy stands around us already
-            return
         ticket = _Ticket(scope)
         ticket.outgoing = send
+        if "gatekeeper" in scope:
+            ticket.outer = scope["gatekeeper"]
+            if ticket.outer.under(gate) is not None:
+                await self.app(scope, receive, send)  # the same policy stands around us already
+                return
         steps = gate.admit(ticket)
         if keeper.awaits:
-            await arun(steps, keeper.aask)
+            ticket.refused = await arun(steps, keeper.aask)
         else:
-            run(steps, keeper.ask)
+            ticket.refused = run(steps, keeper.ask)
         if ticket.refused:
             if kind == "websocket":
                 await receive()  # websocket.connect
             await _refuse(scope, send, gate.refusal(ticket))
             return
         scope["gatekeeper"] = ticket
-        token = CURRENT.set(ticket) if keeper.decorates else None
+        token = CURRENT.set(ticket) if IN_USE else None
         try:
             await self.app(scope, receive, ticket.forward)
         except Limited as limited:
             if not ticket.replaced:
-                await ticket.limited(limited)
+                await ticket.refuse(limited)
         except Exception:
-            ticket.sent = ticket.sent or 500
+            ticket.sent = 500
             raise
         finally:
             if token is not None:
@@ -103,6 +107,7 @@ class GatekeeperMiddleware:
 class _Ticket(ScopeRequest, Ticket):
     """A ticket that what the application sends goes through, on its way out."""
 
+    closed = False  # a WebSocket's close was sent
     outgoing: Send
     """The server's `send`."""
 
@@ -113,28 +118,31 @@ class _Ticket(ScopeRequest, Ticket):
             return _nothing()
         if kind == "http.response.body":
             self.ended = "more_body" not in message or not message["more_body"]
-        elif kind == "http.response.start" or kind == "websocket.accept":
+        elif kind in _HEADS:
             if kind == "websocket.accept":
                 self.sent, self.ended = 101, True
             else:
                 self.sent = message["status"]
-                if self.refused and self.sent >= 500:
+                limited = self.limited() if self.limited is not None else None
+                if limited is not None and self.sent >= 500:
                     # The application took a decorator's refusal for a fault of its own; we know better.
-                    return self._replace(self.gate.refusal(self))
+                    return self._replace(self.gate.refusal(self, limited.verdict))
             fields = self.gate.respond(self)
             if fields:
                 # Copied: the message may be one that the application sends again and again.
                 message = dict(message)
                 message["headers"] = [*message.get("headers", ()), *fields]
         elif kind == "websocket.close":
-            self.sent, self.ended = self.sent or 403, True
+            self.sent, self.ended, self.closed = self.sent or 403, True, True
+        elif kind != "http.response.trailers":  # the other ways of sending a body
+            self.ended = not message.get("more_body", False)
         return self.outgoing(message)
 
-    async def limited(self, limited: Limited) -> None:
+    async def refuse(self, limited: Limited) -> None:
         """A decorator's refusal reached us: it is the answer, if none was begun."""
         if not self.sent:
             await self._replace(self.gate.refusal(self, limited.verdict))
-        elif self.native["type"] == "websocket":
+        elif self.sent == 101 and not self.closed:
             await self.outgoing({"type": "websocket.close", "code": POLICY_VIOLATION})
         else:
             raise limited

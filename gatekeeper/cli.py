@@ -23,9 +23,7 @@ def _app() -> "typer.Typer":
     except ImportError:
         raise MissingExtra("The command line", "cli") from None
 
-    app = typer.Typer(
-        add_completion=False, no_args_is_help=True, help=__doc__.partition("\n")[0] if __doc__ else ""
-    )
+    app = typer.Typer(add_completion=False, no_args_is_help=True)
 
     def version(wanted: bool) -> None:
         if wanted:
@@ -38,11 +36,13 @@ def _app() -> "typer.Typer":
             bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
         ] = False,
     ) -> None:
-        """Rate limits, sessions and upstream dispatch at the front door of a Python web application."""
+        """Rate limits at the front door of a Python web application."""
 
     @app.command()
     def check(file: Annotated[Path, typer.Argument(help="A settings file in TOML.")]) -> None:
         """Report everything that is wrong with a settings file."""
+        # As servers do: settings may name functions of the application.
+        sys.path.insert(0, "")
         try:
             keeper = Gatekeeper(file)
         except SettingsError as error:

@@ -22,6 +22,10 @@ State: TypeAlias = Any
 """All that an algorithm remembers of a key: integers, immutable. None is a key that was never hit."""
 
 
+Receipt: TypeAlias = Any
+"""What a store needs to undo exactly one hit; only it knows how to read it."""
+
+
 class Verdict:
     """The answer to one hit.
 
@@ -37,7 +41,7 @@ class Verdict:
     __slots__ = ("allowed", "limit", "receipt", "remaining", "reset_ns", "retry_ns")
 
     def __init__(
-        self, allowed: bool, limit: int, remaining: int, reset_ns: int, retry_ns: int, receipt: int | None
+        self, allowed: bool, limit: int, remaining: int, reset_ns: int, retry_ns: int, receipt: Receipt | None
     ) -> None:
         self.allowed = allowed
         self.limit = limit
@@ -95,7 +99,7 @@ class Limit(Protocol):
 Hit: TypeAlias = tuple[Limit, str, int]
 """(limit, key, cost). A bare tuple, for one is built for each rate of each request."""
 
-Give: TypeAlias = tuple[Limit, str, int, int]
+Give: TypeAlias = tuple[Limit, str, int, Receipt]
 """(limit, key, cost, receipt)."""
 
 

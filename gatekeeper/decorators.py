@@ -8,19 +8,23 @@ import re
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from weakref import ref
 
 from gatekeeper.commands import Steps, arun, run
 from gatekeeper.errors import Limited, SettingsError
 from gatekeeper.gate import Ticket, tightness
 from gatekeeper.ratelimit.rates import parse_rates
 from gatekeeper.ratelimit.rules import Rule
-from gatekeeper.settings import load_settings
+from gatekeeper.settings import is_asynchronous, load_settings
 
 if TYPE_CHECKING:
     from gatekeeper.keeper import Gatekeeper
 
 CURRENT: ContextVar[Ticket | None] = ContextVar("gatekeeper", default=None)
-"""The ticket of the request that is being served. Set by the middleware where functions are decorated."""
+"""The ticket of the request that is being served. Set by the middleware once functions are decorated."""
+
+IN_USE: list[None] = []
+"""Not empty once any function was decorated. Until then no ticket need be put where functions find it."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,8 +37,11 @@ def limit(
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         is_async = _is_async(function)
+        if not is_async and is_asynchronous(keeper.settings.identity.user) and "user" in key:
+            raise TypeError("limit: expected an async function, for identity.user is one and must be awaited")
+        IN_USE.append(None)
         label = f"{function.__module__}.{function.__qualname__}"
-        told = name or re.sub(r"[^A-Za-z0-9._-]+", "-", function.__name__.strip("_"))[:64] or "function"
+        told = name or re.sub(r"[^A-Za-z0-9._-]+", "-", function.__name__).strip("_-.")[:64] or "function"
         space = name or f"*{label}"
         inside = _rule(rate, key, cost, told, space)
         # Outside of a request there is no client: the function itself is whom the quota belongs to.
@@ -45,11 +52,17 @@ def limit(
             if ticket is None:
                 ticket, rule = _Call(), outside
                 ticket.gate, ticket.address = keeper.gate, f"*{label}"
-            ticket.refused = 0
-            before = len(ticket.hits)
-            yield from keeper.gate.extend(ticket, (rule,))
-            if ticket.refused:
-                raise Limited(min(ticket.verdicts[before:], key=tightness))
+            if (yield from keeper.gate.extend(ticket, (rule,))):
+                limited = Limited(min(ticket.verdicts[-len(rule.limits) :], key=tightness))
+                # Known to every policy around us: whichever sees the answer can tell it from a fault.
+                around: Ticket | None = CURRENT.get()
+                while around is not None:
+                    around.limited = ref(limited)
+                    around = around.outer
+                try:
+                    raise limited
+                finally:
+                    del limited  # this frame, held by its own traceback, would keep it alive
 
         if is_async:
 
@@ -98,10 +111,10 @@ class _Call(Ticket):
 
 def _ticket(keeper: Gatekeeper) -> Ticket | None:
     current = CURRENT.get()
-    if current is None or current.gate is keeper.gate:
-        return current
-    # The middleware around us is another Gatekeeper's, whose counters are not ours: only the request is shared.
-    return current.of(keeper.gate)
+    if current is None or current.native is None:  # none, or a task that has outlived its request
+        return None
+    # Where the policies around us are other Gatekeepers', their counters are not ours: only the request is shared.
+    return current.under(keeper.gate) or current.of(keeper.gate)
 
 
 def _is_async(function: object) -> bool:
@@ -113,8 +126,6 @@ def _is_async(function: object) -> bool:
     if not callable(function):
         raise TypeError(f"limit: expected a function, not {type(function).__name__}")
     plain = inspect.unwrap(function)
-    while isinstance(plain, functools.partial):
-        plain = plain.func
     if not inspect.isroutine(plain):
         raise TypeError("limit: expected a function, not an object that can be called; decorate its __call__")
     if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):

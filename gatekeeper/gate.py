@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import copy
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
+from weakref import ReferenceType
 
 from gatekeeper.commands import Batch, Call, Give, Hit, Replies, Steps, Verdict
-from gatekeeper.errors import StoreError
+from gatekeeper.errors import Limited, StoreError
 from gatekeeper.http.fields import Fields, wants_problem
 from gatekeeper.http.message import Request
 from gatekeeper.http.routes import Table
@@ -21,9 +22,6 @@ from gatekeeper.ratelimit.rules import RateLimit, Rule, outcome_matches
 
 DENIED_WAIT_NS = 1_000_000_000
 """How long a client is told to wait when a rule denies because its store does not answer."""
-
-
-T = TypeVar("T", bound="Ticket")
 
 
 class Refusal(NamedTuple):
@@ -70,11 +68,22 @@ class Ticket(Request):
     # Whether `finish` has something to do.
     is_open: bool = False
     asked_user: bool = False
+    # The refusal of a decorated function, as long as somebody holds it: then it is on its way to us.
+    limited: ReferenceType[Limited] | None = None
+    # The ticket of another policy that stands around this one.
+    outer: Ticket | None = None
+
+    def under(self, gate: Gate) -> Ticket | None:
+        """This ticket, or the one of a policy around it, that is of `gate`."""
+        ticket: Ticket | None = self
+        while ticket is not None and ticket.gate is not gate:
+            ticket = ticket.outer
+        return ticket
 
     def of(self, gate: Gate) -> Ticket:
         """A ticket of another gate for the same request, to which nothing has been charged."""
         other = copy(self)
-        for name in ("user", "refused", "rules", "hits", "verdicts", "is_open", "asked_user"):
+        for name in ("user", "refused", "rules", "hits", "verdicts", "is_open", "asked_user", "limited"):
             other.__dict__.pop(name, None)
         other.gate = gate
         other.address = gate.address(other)
@@ -125,8 +134,11 @@ class Gate:
         """The name under which the client is counted."""
         return self._identity.address(request)
 
-    def admit(self, ticket: T) -> Steps[T]:
-        """Identify the client and charge the rules that match; `Ticket.refused` is the decision."""
+    def admit(self, ticket: Ticket) -> Steps[int]:
+        """Identify the client and charge the rules that match.
+
+        The result is for `Ticket.refused`: 0, or the status to refuse the request with.
+        """
         ticket.gate = self
         # On the instance, for what only its class has takes longer to read, and these are read for each message.
         ticket.refused, ticket.replaced, ticket.is_open, ticket.hits = 0, False, False, ()
@@ -137,13 +149,15 @@ class Gate:
             rules = tuple(rule for rule in rules if rule.preflights)
         return self.extend(ticket, rules)
 
-    def extend(self, ticket: T, rules: tuple[Rule, ...]) -> Steps[T]:
+    def extend(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[int]:
         """Charge a request for rules: those that match, later those of decorators on its way.
 
-        All or nothing: if these refuse, what the request spent before is given back.
+        All of these or none. What was charged before stays charged: the application has run for it since, and
+        were it given back, a client refused within would be let in for ever.
         """
         if not rules:
-            return ticket
+            return 0
+        refused = 0
         hits: list[Hit] = []
         for rule in rules:
             if rule.is_special:
@@ -157,16 +171,22 @@ class Gate:
         verdicts: Replies = yield hits
         for verdict in verdicts:
             if not verdict.allowed:
-                hits, verdicts = yield from self._refuse(ticket, hits, verdicts)
+                refused, hits, verdicts = yield from self._refuse(hits, verdicts)
                 break
-        if ticket.hits:  # a decorator's come after those that matched
-            rules = ticket.rules + rules
-            hits = [*ticket.hits, *hits]
-            verdicts = [*ticket.verdicts, *verdicts]
+        if ticket.hits:
+            # Those of a decorator come last; of a function called again only its last call is told.
+            earlier = [
+                (hit, verdict)
+                for hit, verdict in zip(ticket.hits, ticket.verdicts, strict=True)
+                if hit[0].rule not in rules  # type: ignore[attr-defined]
+            ]
+            hits = [hit for hit, _ in earlier] + hits
+            verdicts = [*(verdict for _, verdict in earlier), *verdicts]
+            rules = tuple(rule for rule in ticket.rules if rule not in rules) + rules
         ticket.rules = rules
         ticket.hits = hits
         ticket.verdicts = verdicts  # type: ignore[assignment]  # no StoreError is left
-        return ticket
+        return refused
 
     def respond(self, ticket: Ticket) -> Fields:
         """The fields to add to a response, before its head is sent.
@@ -185,7 +205,9 @@ class Gate:
         return [limit_field(hits[place][0], verdicts[place]), policy]  # type: ignore[arg-type]
 
     def _policy(self, rules: tuple[Rule, ...]) -> tuple[bytes, bytes]:
-        # As many as there are combinations of rules on a request's way, which a client cannot make up.
+        # There are as many as ways through decorated functions: few, but a body may choose its way.
+        if len(self._policies) >= 1024:
+            self._policies.clear()
         policy = self._policies[rules] = policy_field(rules)
         return policy
 
@@ -221,8 +243,11 @@ class Gate:
             user = yield Call(identity.user, ticket)
             ticket.user = None if user is None else str(user)
 
-    def _refuse(self, ticket: Ticket, hits: list[Hit], verdicts: Replies) -> Steps[tuple[list[Hit], Replies]]:
-        """Some hit was not allowed: refused, or its store did not answer and the rule's policy decides."""
+    def _refuse(self, hits: list[Hit], verdicts: Replies) -> Steps[tuple[int, list[Hit], Replies]]:
+        """Some hit was not allowed: refused, or its store did not answer and the rule's policy decides.
+
+        Returns the status to refuse with (0 if the policy lets pass), and the hits that remain with verdicts.
+        """
         kept: list[tuple[Hit, Verdict]] = []
         standins: list[Hit] = []
         refused = denied = False
@@ -246,10 +271,9 @@ class Gate:
                 kept.append((hit, verdict))
                 refused = refused or not verdict.allowed
         if refused or denied:
-            ticket.refused = 429 if refused else 503
-            spent = [Charge(*hit, verdict) for hit, verdict in kept]  # type: ignore[arg-type]
-            yield from self._give_back([*ticket.charges, *spent])
-        return [hit for hit, _ in kept], [verdict for _, verdict in kept]
+            yield from self._give_back(Charge(*hit, verdict) for hit, verdict in kept)  # type: ignore[arg-type]
+        status = 429 if refused else 503 if denied else 0
+        return status, [hit for hit, _ in kept], [verdict for _, verdict in kept]
 
     def _give_back(self, charges: Iterable[Charge]) -> Steps[None]:
         """Undo these charges, each exactly, and each at most once."""

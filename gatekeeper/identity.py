@@ -15,6 +15,7 @@ Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 UNKNOWN: Final = "unknown"
 """The address of a client that has none (a Unix socket that is not trusted). All such share one."""
 
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _REMEMBERED: Final = 8192
 _WORD: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PAIR: Final = re.compile(rf'\s*({_WORD})\s*=\s*({_WORD}|"(?:[^"\\]|\\.)*")\s*(?:;|\Z)')
@@ -23,7 +24,7 @@ _PAIR: Final = re.compile(rf'\s*({_WORD})\s*=\s*({_WORD}|"(?:[^"\\]|\\.)*")\s*(?
 def parse_address(text: str) -> Address | None:
     """An address as it stands in a forwarding field: perhaps in brackets, with a port, with a zone.
 
-    IPv4 mapped into IPv6 is unmapped: else each mapped client would fall into one bucket of the /96.
+    IPv4 mapped into IPv6, or translated (NAT64, RFC 6052), is unmapped: else all such clients would be one /64.
     None if it is none.
     """
     if len(text) > 64:
@@ -41,8 +42,11 @@ def parse_address(text: str) -> Address | None:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return address.ipv4_mapped
+        if address in _NAT64:
+            return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     return address
 
 

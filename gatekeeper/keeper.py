@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Mapping, Sequence
-from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -17,7 +16,7 @@ from gatekeeper.http.routes import Pattern
 from gatekeeper.identity import Identity
 from gatekeeper.ratelimit.rates import parse_rates
 from gatekeeper.ratelimit.rules import LONGEST_KEY, Rule, bounded
-from gatekeeper.settings import IdentitySettings, LimitSettings, Settings, load_settings
+from gatekeeper.settings import IdentitySettings, LimitSettings, Settings, is_asynchronous, load_settings
 from gatekeeper.stores.memory import MemoryStore
 
 STORES: Final[dict[str, Callable[..., Store]]] = {"memory": MemoryStore}
@@ -43,14 +42,12 @@ class Gatekeeper:
             MemoryStore(max_keys=self.settings.store.max_keys) if store is None else _checked_store(store)
         )
         self.gate = _gate(self.settings)
-        self.decorates = False
-        """Whether a function was decorated: only then is the ticket put where functions find it."""
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
         # Memory always answers: nothing need stand between.
         self.ask: Callable[[Hits], Replies] = self.store.ask if isinstance(self.store, MemoryStore) else self._ask
         # An asynchronous function can only be awaited, whatever the store.
-        self.awaits = not self.store.local or iscoroutinefunction(self.settings.identity.user)
+        self.awaits = not self.store.local or is_asynchronous(self.settings.identity.user)
 
     def _ask(self, batch: Hits) -> Replies:
         return (self._local if isinstance(batch, Batch) and batch.local else self.store).ask(batch)
@@ -70,7 +67,6 @@ class Gatekeeper:
         Raises SettingsError for a rate, key or cost that cannot be, and, when it decorates, TypeError for what
         cannot be limited: classes, generator functions and what is not callable.
         """
-        self.decorates = True
         return decorators.limit(self, rate, key, cost, name)
 
     def close(self) -> None:

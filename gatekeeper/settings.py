@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
@@ -24,14 +25,16 @@ from pydantic import (
     Field,
     Strict,
     ValidationError,
-    model_validator,
 )
 
 from gatekeeper.errors import SettingsError
 from gatekeeper.http.fields import NAME
 from gatekeeper.http.routes import Pattern
-from gatekeeper.ratelimit.rates import parse_rates
+from gatekeeper.ratelimit.rates import RateError, parse_rates
 from gatekeeper.ratelimit.rules import key_part
+
+MOST_PROBLEMS: Final = 1000
+"""So many are reported by a line each; of more only the number is."""
 
 GREATEST_FILE: Final = 4 * 1024 * 1024
 """The greatest settings file, in bytes."""
@@ -71,10 +74,15 @@ def _keys(texts: list[str]) -> list[str]:
     return texts
 
 
+def nth(place: int) -> str:
+    """Which of a list, counted as people do."""
+    return f"{place + 1}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(place + 1, 'th') }"
+
+
 def _outcomes(texts: list[str]) -> list[str]:
-    for text in texts:
+    for place, text in enumerate(texts):
         if text != "disconnect" and not re.fullmatch(r"[1-5](xx|[0-9]{2})", text):
-            raise ValueError('expected statuses such as "404" or "5xx", or "disconnect"')
+            raise ValueError(f'expected statuses such as "404" or "5xx", or "disconnect" (see the {nth(place)})')
     return texts
 
 
@@ -88,7 +96,7 @@ _MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
 def _networks(texts: list[str]) -> list[str]:
-    for text in texts:
+    for place, text in enumerate(texts):
         if text != "unix":
             try:
                 network = ipaddress.ip_network(text)
@@ -97,7 +105,7 @@ def _networks(texts: list[str]) -> list[str]:
             except ValueError:
                 raise ValueError(
                     'expected networks such as "10.0.0.0/8" (IPv4 as IPv4, no bit set behind the prefix), '
-                    'addresses, or "unix"'
+                    f'addresses, or "unix" (see the {nth(place)})'
                 ) from None
     return texts
 
@@ -125,14 +133,21 @@ def load_object(text: str) -> Any:
     module, _, name = text.partition(":")
     try:
         found: Any = import_module(module)
-    except Exception as error:
-        raise ValueError(f"expected a module that can be imported, and not {type(error).__name__}") from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"expected a module that can be imported; importing it raised {type(error).__name__}"
+        ) from None
     for attribute in name.split("."):
         try:
             found = getattr(found, attribute)
-        except AttributeError:
+        except Exception:  # a module may have a __getattr__ of its own
             raise ValueError("expected a name that the module has") from None
     return found
+
+
+def is_asynchronous(function: object) -> bool:
+    """Whether calls of it must be awaited."""
+    return iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 Integer: TypeAlias = Annotated[int, Strict()]  # true is no number
@@ -201,18 +216,6 @@ class LimitSettings(_Model):
     )
     preflights: Boolean = Field(False, description="Whether CORS preflights are charged.")
 
-    @model_validator(mode="after")
-    def _fits(self) -> LimitSettings:
-        if self.burst is not None and self.algorithm not in (None, "gcra"):
-            raise ValueError("a burst goes with gcra alone")
-        rates = parse_rates(";".join(self.rate))
-        if self.burst is not None and len(rates) > 1:
-            raise ValueError("expected one rate beside a burst: it is the capacity of one bucket")
-        room = min(rate.amount for rate in rates) if self.burst is None else self.burst
-        if self.cost > room:
-            raise ValueError("expected a cost within the rate (or the burst): else no request could ever pass")
-        return self
-
     @property
     def counted_by(self) -> str:
         return self.algorithm or ("gcra" if self.burst is not None else "sliding_window")
@@ -232,14 +235,37 @@ class Settings(_Model):
     response: ResponseSettings = Field(default_factory=ResponseSettings)
     limits: list[LimitSettings] = Field([], description="The rules. All that match a request apply to it.")
 
-    @model_validator(mode="after")
-    def _distinct(self) -> Settings:
-        names = [limit.name for limit in self.limits]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            places = ", ".join(f"limits[{place}]" for place, name in enumerate(names) if name in twice)
-            raise ValueError(f"expected a name of its own for each rule: {places} share one")
-        return self
+
+def _misfits(limits: object) -> list[str]:
+    """What is wrong between the values of rules, each of which may be right by itself. They are not yet checked."""
+    problems: list[str] = []
+    told: dict[str, int] = {}
+    for place, limit in enumerate(limits if isinstance(limits, list | tuple) else ()):
+        if not isinstance(limit, Mapping):
+            continue
+        name, burst, cost = limit.get("name"), limit.get("burst"), limit.get("cost", 1)
+        texts = _as_list(limit.get("rate"))
+        try:
+            rates = parse_rates(";".join(texts))  # type: ignore[arg-type]  # what is none of strings is a TypeError
+        except (TypeError, RateError):
+            rates = ()
+        path = f"limits[{place}]"
+        if burst is not None and limit.get("algorithm") not in (None, "gcra"):
+            problems.append(f"{path}: a burst goes with gcra alone")
+        if burst is not None and len(rates) > 1:
+            problems.append(f"{path}: expected one rate beside a burst: it is the capacity of one bucket")
+        rooms = [rate.amount for rate in rates] if burst is None else [burst or cost]
+        if type(cost) is int and any(type(room) is int and cost > room for room in rooms):
+            problems.append(
+                f"{path}: expected a cost within the rate (or the burst): else no request could ever pass"
+            )
+        if isinstance(name, str):
+            # As clients are told them: a rule of several rates has a name for each.
+            for shown in [name] if len(rates) < 2 else [f"{name}-{rate.period}s" for rate in rates]:
+                other = told.setdefault(shown, place)
+                if other != place:
+                    problems.append(f"{path}.name: expected a name of its own; limits[{other}] is told by the same")
+    return problems
 
 
 def load_settings(source: Settings | Mapping[str, Any] | str | Path) -> Settings:
@@ -278,13 +304,19 @@ def _load_file(path: Path) -> Settings:
 
 
 def _validate(document: Mapping[str, Any], prefix: str) -> Settings:
+    settings, problems = None, []
     try:
-        return Settings.model_validate(dict(document))
+        settings = Settings.model_validate(dict(document))
     except ValidationError as error:
-        problems = [prefix + _line(found) for found in error.errors(include_url=False, include_input=False)]
+        problems = [_line(found) for found in error.errors(include_url=False, include_input=False)]
     except RecursionError:
-        problems = [f"{prefix}expected settings that are not nested so deep"]
-    raise SettingsError(problems)
+        problems = ["expected settings that are not nested so deep"]
+    problems += _misfits(document.get("limits"))
+    if settings is not None and not problems:
+        return settings
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
+    raise SettingsError([prefix + problem for problem in problems])
 
 
 def _line(error: Any) -> str:
@@ -302,6 +334,10 @@ def _line(error: Any) -> str:
         return f"{path}: unknown key{hint}"
     if kind == "missing":
         return f"{path}: expected a value, there is none"
+    if kind == "list_type":
+        if path == "limits":
+            return "limits: expected rules, each under a [[limits]] of its own (two brackets)"
+        return f"{path}: expected a string, or a list of strings"
     message = error["msg"].removeprefix("Value error, ")
     message = re.sub(r"^Input should be", "expected", message)
     return f"{path}: {message}" if path else message

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
-from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
 
 from gatekeeper.commands import run
-from gatekeeper.decorators import CURRENT
+from gatekeeper.decorators import CURRENT, IN_USE
 from gatekeeper.errors import Limited, SettingsError
 from gatekeeper.gate import Refusal, Ticket
 from gatekeeper.http.message import EnvironRequest
 from gatekeeper.keeper import Gatekeeper
-from gatekeeper.settings import Settings
+from gatekeeper.settings import Settings, is_asynchronous
 
 Environ: TypeAlias = dict[str, Any]
 StartResponse: TypeAlias = Callable[..., Callable[[bytes], object]]
@@ -36,22 +35,23 @@ class GatekeeperMiddleware:
     def __init__(self, app: App, settings: Gatekeeper | Settings | Mapping[str, Any] | str | Path) -> None:
         self.app = app
         self.keeper = settings if isinstance(settings, Gatekeeper) else Gatekeeper(settings)
-        if iscoroutinefunction(self.keeper.settings.identity.user):
+        if is_asynchronous(self.keeper.settings.identity.user):
             raise SettingsError(["identity.user: expected a function that is not asynchronous, under WSGI"])
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         keeper = self.keeper
         gate = keeper.gate
-        before = environ.get("gatekeeper.ticket")
-        if before is not None and before.gate is gate:  # the same middleware stands around us already
-            return self.app(environ, start_response)
         ticket = _Ticket(environ)
         ticket.start_response = start_response
-        run(gate.admit(ticket), keeper.ask)
+        if "gatekeeper.ticket" in environ:
+            ticket.outer = environ["gatekeeper.ticket"]
+            if ticket.outer.under(gate) is not None:
+                return self.app(environ, start_response)  # the same policy stands around us already
+        ticket.refused = run(gate.admit(ticket), keeper.ask)
         if ticket.refused:
             return _refuse(environ, start_response, gate.refusal(ticket))
         environ["gatekeeper.ticket"] = ticket
-        if not keeper.decorates and not ticket.is_open:
+        if not IN_USE and not ticket.is_open:
             ticket.native = None  # environ and ticket held each other: the cycle would wait for the collector
             return self.app(environ, ticket.start)  # nothing to do when it ends: the body goes by untouched
         body = _Body(keeper, ticket)
@@ -70,10 +70,13 @@ class _Ticket(EnvironRequest, Ticket):
 
     def start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
         """The `start_response` that the application is given."""
+        if self.replaced:
+            return _discard
         self.sent = int(status[:3])
-        if self.refused and self.sent >= 500:
+        limited = self.limited() if self.limited is not None else None
+        if limited is not None and self.sent >= 500:
             # The application took a decorator's refusal for a fault of its own; we know better.
-            self.replace(self.gate.refusal(self), *exc_info)
+            self.replace(self.gate.refusal(self, limited.verdict), *exc_info)
             return _discard
         fields = [(name.decode(), value.decode()) for name, value in self.gate.respond(self)]
         return self.start_response(status, headers + fields, *exc_info)

@@ -56,8 +56,10 @@ def answer(steps: Any, *replies: object) -> tuple[list[Any], Any]:
         return questions, stop.value
 
 
-def admit(gate: Gate, *replies: object) -> tuple[list[Any], Ticket]:
-    return answer(gate.admit(request()), *replies)
+def admit(gate: Gate, *replies: object, ticket: Ticket | None = None) -> tuple[list[Any], Ticket]:
+    ticket = ticket or request()
+    questions, ticket.refused = answer(gate.admit(ticket), *replies)
+    return questions, ticket
 
 
 def test_all_matching_rules_are_asked_in_one_batch_in_the_order_of_the_settings() -> None:
@@ -154,16 +156,26 @@ def test_a_denial_gives_back_what_stand_ins_and_store_admitted_each_to_its_own()
     assert ticket.refused == 503
 
 
-def test_a_later_refusal_gives_back_what_was_spent_before() -> None:
+def test_a_refusal_on_the_way_gives_nothing_back_for_the_application_has_run() -> None:
     gate = Gate([rule("a")], Identity())
     _, ticket = admit(gate, [allowed(receipt=3)])
-    (batch, gives), _ = answer(gate.extend(ticket, (rule("deep"),)), [refused()], [])
+    (batch,), refused_with = answer(gate.extend(ticket, (rule("deep"),)), [refused()])
     assert [limit.name for limit, _, _ in batch] == ["deep"]
-    assert [(limit.name, receipt) for limit, _, _, receipt in gives.gives] == [("a", 3)]
-    assert ticket.refused == 429
+    assert refused_with == 429
+    assert not ticket.refused, "the request itself was admitted"
     assert ticket.tightest is not None
     assert ticket.tightest.limit.name == "deep"
     assert gate.respond(ticket)[1] == (b"ratelimit-policy", b'"a";q=2;w=60, "deep";q=2;w=60')
+
+
+def test_a_function_called_again_and_again_is_told_once() -> None:
+    gate = Gate([rule("a")], Identity())
+    _, ticket = admit(gate, [allowed(receipt=3)])
+    deep = rule("deep")
+    for left in (9, 8, 7):
+        answer(gate.extend(ticket, (deep,)), [allowed(left)])
+    assert [(charge.limit.name, charge.verdict.remaining) for charge in ticket.charges] == [("a", 1), ("deep", 7)]
+    assert len(ticket.rules) == 2
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,12 @@ def test_an_address_with_or_without_port_is_the_same(address: Any, port: int) ->
     bracketed = f"[{address}]" if address.version == 6 else str(address)
     assert bare is not None
     assert parse_address(f"{bracketed}:{port}") == bare
-    assert bare in (address, getattr(address, "ipv4_mapped", None))
+    assert bare in (address, getattr(address, "ipv4_mapped", None)) or str(address).startswith("64:ff9b::")
+
+
+@pytest.mark.parametrize("text", ["64:ff9b::192.0.2.1", "64:ff9b::c000:201", "::ffff:192.0.2.1"])
+def test_an_ipv4_client_behind_a_translator_is_that_client(text: str) -> None:
+    assert str(parse_address(text)) == "192.0.2.1"
 
 
 # The address

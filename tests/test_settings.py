@@ -171,7 +171,7 @@ def test_loading_leaves_the_mapping_as_it_was() -> None:
         ({"identity": {"trusted_proxies": ["10.0.0.0/8", SECRET]}}, "identity.trusted_proxies", "expected networks"),
         ({"identity": {"trusted_proxies": ["10.0.0.1/8"]}}, "identity.trusted_proxies", "no bit set behind the prefix"),
         ({"identity": {"trusted_proxies": ["10.0.0.0/33"]}}, "identity.trusted_proxies", "expected networks"),
-        ({"identity": {"trusted_proxies": {SECRET: SECRET}}}, "identity.trusted_proxies", "expected a valid list"),
+        ({"identity": {"trusted_proxies": {SECRET: SECRET}}}, "identity.trusted_proxies", "expected a string, or a list of strings"),
         ({"identity": {"trusted_proxies": [7]}}, "identity.trusted_proxies[0]", "expected a valid string"),
         ({"identity": {"header": f"{SECRET}, Forwarded"}}, "identity.header", "expected the name of one field"),
         ({"identity": {"header": ""}}, "identity.header", "expected the name of one field"),
@@ -193,8 +193,8 @@ def test_loading_leaves_the_mapping_as_it_was() -> None:
         ({"identity": {"user": "os:sep"}}, "identity.user", "function"),
         ({"identity": {"user": "sys:maxsize"}}, "identity.user", "function"),
         ({"response": {"fields": SECRET}}, "response.fields", "expected a valid boolean"),
-        ({"limits": SECRET}, "limits", "expected a valid list"),
-        ({"limits": {"name": SECRET}}, "limits", "expected a valid list"),
+        ({"limits": SECRET}, "limits", "two brackets"),
+        ({"limits": {"name": SECRET}}, "limits", "two brackets"),
         ({"limits": [SECRET]}, "limits[0]", "expected a valid dictionary"),
         ({"limits": [{"rate": "5/minute"}]}, "limits[0].name", "expected a value, there is none"),
         ({"limits": [{"name": SECRET}]}, "limits[0].rate", "expected a value, there is none"),
@@ -211,7 +211,7 @@ def test_loading_leaves_the_mapping_as_it_was() -> None:
         (limit(rate=["5/minute", SECRET]), "limits[0].rate", "expected a rate"),
         (limit(rate=["5/minute", "9/minute"]), "limits[0].rate", "expected one rate a period"),
         (limit(rate=[]), "limits[0].rate", "expected at least one rate"),
-        (limit(rate=5), "limits[0].rate", "expected a valid list"),
+        (limit(rate=5), "limits[0].rate", "expected a string, or a list of strings"),
         (limit(rate=[{SECRET: SECRET}]), "limits[0].rate[0]", "expected a valid string"),
         (limit(match=SECRET), "limits[0].match", "expected a pattern"),
         (limit(match=f"/{SECRET}*"), "limits[0].match", "expected a pattern"),
@@ -253,8 +253,26 @@ def test_a_wrong_value_is_told_by_its_path_and_what_was_expected(document: Any, 
 def test_rules_that_share_a_name_are_told_by_their_places() -> None:
     rules = [{"name": name, "rate": "5/minute"} for name in (SECRET, "b", SECRET)]
     (problem,) = problems_of({"limits": rules})
-    assert "limits[0], limits[2]" in problem
+    assert problem.startswith("limits[2].name: ")
+    assert "limits[0]" in problem
     assert "limits[1]" not in problem
+
+
+def test_names_that_clients_could_not_tell_apart_are_told() -> None:
+    rules = [{"name": "a", "rate": ["5/minute", "6/hour"]}, {"name": "a-60s", "rate": "7/minute"}]
+    (problem,) = problems_of({"limits": rules})
+    assert problem.startswith("limits[1].name: expected a name of its own")
+
+
+def test_what_is_wrong_between_values_is_told_beside_what_is_wrong_with_one() -> None:
+    rules = [
+        {"name": "a", "rate": "5/minute", "cost": 6, "match": SECRET},
+        {"name": "a", "rate": "5/minute", "burst": 3, "algorithm": "fixed_window", "fieldz": 1},
+    ]
+    problems = problems_of({"limits": rules, "wrong": 1})
+    assert sorted(problem.partition(": ")[0] for problem in problems) == [
+        "limits[0]", "limits[0].match", "limits[1]", "limits[1].fieldz", "limits[1].name", "wrong",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from wsgiref.util import FileWrapper, setup_testing_defaults
 import pytest
 from flask import Flask
 
-from gatekeeper import Gatekeeper, SettingsError
+from gatekeeper import Gatekeeper, SettingsError, decorators, wsgi
 from gatekeeper.commands import Batch
 from gatekeeper.testing import VirtualClock, virtual_store
 from gatekeeper.wsgi import GatekeeperMiddleware
@@ -76,7 +76,9 @@ def test_the_application_never_sees_a_refused_request() -> None:
     assert len(seen) == 1
 
 
-def test_the_body_of_the_application_goes_by_untouched_with_its_file_wrapper_and_close() -> None:
+def test_without_limited_functions_the_body_of_the_application_goes_by_untouched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bodies: list[Any] = []
 
     def app(environ: dict[str, Any], start_response: Start) -> FileWrapper:
@@ -84,6 +86,8 @@ def test_the_body_of_the_application_goes_by_untouched_with_its_file_wrapper_and
         bodies.append(FileWrapper(open(__file__, "rb")))  # noqa: SIM115 - closed by the server
         return bodies[0]  # type: ignore[no-any-return]
 
+    monkeypatch.setattr(decorators, "IN_USE", [])
+    monkeypatch.setattr(wsgi, "IN_USE", [])
     body = GatekeeperMiddleware(app, ONE)(environ(), Server().start_response)
     assert body is bodies[0]
     body.close()
@@ -260,18 +264,41 @@ def limited(keeper: Gatekeeper, style: str) -> Any:
 
 
 @pytest.mark.parametrize("style", ["called", "iterated", "flask"])
-def test_a_refusal_deep_in_the_application_is_a_429_and_spends_nothing_of_other_rules(style: str) -> None:
+def test_a_refusal_deep_in_the_application_is_a_429_of_a_request_that_stays_charged(style: str) -> None:
     keeper = Gatekeeper({"limits": [{"name": "all", "rate": "5/minute"}]}, store=virtual_store(VirtualClock()))
     middleware = GatekeeperMiddleware(limited(keeper, style), keeper)
     servers = [Server() for _ in range(9)]
     answers = [server.run(middleware) for server in servers]
     assert [status for status, _ in answers] == [200, 200] + [429] * 7
     assert answers[0][1] == b"done"
-    assert b'"violated-policies": ["work"]' in answers[-1][1]
-    assert dict(servers[-1].heads[-1][1])["ratelimit"] == '"work";r=0;t=61'
-    # Two were spent: of five, three are left.
-    left = keeper.store.ask(Batch([(keeper.gate.rules[0].limits[0], "192.0.2.1", 3)], spend=False))[0]
-    assert left.allowed
+    assert b'"violated-policies": ["work"]' in answers[2][1]
+    assert dict(servers[2].heads[-1][1])["ratelimit"] == '"work";r=0;t=61'
+    # The application ran for five of them; were they given back, it would run for any number.
+    assert b'"violated-policies": ["all"]' in answers[-1][1]
+
+
+def test_a_head_after_the_refusal_took_its_place_is_dropped() -> None:
+    keeper = Gatekeeper({})
+
+    @keeper.limit("1/minute")
+    def work() -> None: ...
+
+    def app(environ: dict[str, Any], start_response: Start) -> list[bytes]:
+        try:
+            work()
+            start_response("200 OK", [])
+        except Exception:
+            start_response("500 Oops", [])
+            start_response("200 OK", [("content-length", "2")], sys.exc_info())
+        return [b"ok"]
+
+    middleware = GatekeeperMiddleware(app, keeper)
+    ask(middleware)
+    server = Server()
+    status, body = server.run(middleware)
+    assert status == 429
+    assert len(server.heads) == 1
+    assert b"quota-exceeded" in body
 
 
 def test_a_refusal_after_the_head_was_sent_is_the_servers_to_end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import Final, Generic, TypeVar
@@ -34,13 +35,18 @@ def normalise(path: str) -> str:
     if not _UNTIDY.search(path):
         return path
     segments: list[str] = []
-    for segment in path.rstrip("/\n").split("/"):
+    for segment in path.split("/"):
         if segment == "..":
             del segments[-1:]
         elif segment not in ("", "."):
             segments.append(segment)
-    tidy = "/" + "/".join(segments)
-    return normalise(tidy) if tidy.endswith("\n") else tidy
+    while segments and segments[-1].endswith("\n"):
+        last = segments.pop().rstrip("\n")
+        if last == "..":
+            del segments[-1:]
+        elif last not in ("", "."):
+            segments.append(last)
+    return "/" + "/".join(segments)
 
 
 def host_of(field: str | None) -> str:
@@ -100,6 +106,10 @@ def _methods(text: str) -> frozenset[str]:
     methods = text.upper().split("|")
     if not all(_TOKEN.fullmatch(method) for method in methods):
         raise PatternError(f"expected {EXPECTED}")
+    for method in set(methods) - _METHODS:
+        near = difflib.get_close_matches(method, _METHODS, n=1, cutoff=0.8)
+        if near:  # a rule for a method that is never sent would limit nothing, and nobody would know
+            raise PatternError(f"expected a method; did you mean {near[0]}?")
     return frozenset([*methods, "HEAD"] if "GET" in methods else methods)
 
 
@@ -167,13 +177,18 @@ class Table(Generic[T]):
     def match(self, request: Request) -> tuple[T, ...]:
         if self.always is not None:
             return self.always
-        host = host_of(request.field("host")) if self._hosts else ""
+        # Where the field is repeated, a server or a framework may believe any of its values.
+        hosts = [host_of(host) for host in (request.field("host") or "").split(",")] if self._hosts else [""]
         path = request.path
-        found: dict[int, T] = {}
-        self._collect(found, request.method, host, normalise(path))
+        paths = [normalise(path)]
         if _UNTIDY.search(path):
-            # An application may route on the path as it came, so `/open/../x` is both `/x` and under `/open/*`.
-            self._collect(found, request.method, host, path)
+            # An application may route on the path as it came, so `/open/../x` is both `/x` and under `/open/*`;
+            # it may also do without the tail alone.
+            paths += [path, path.rstrip("/\n")]
+        found: dict[int, T] = {}
+        for host in hosts[:16]:
+            for spelling in paths:
+                self._collect(found, request.method, host, spelling)
         if len(found) > 1:
             return tuple(found[place] for place in sorted(found))
         return tuple(found.values())

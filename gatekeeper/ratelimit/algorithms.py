@@ -168,7 +168,7 @@ class Gcra:
 
     Tokens come one by one, each `period / limit` after the last, rounded up to a whole nanosecond. The state is
     the theoretical arrival time (TAT): when the bucket will be full again. Above its 64 bits stands how much
-    time was given back since the bucket was last full; the receipt of a hit is the state that it left.
+    time was given back while any hit had not flowed off; the receipt of a hit is the state that it left.
     """
 
     __slots__ = ("_emission_ns", "lifetime_ns", "limit", "window_ns")
@@ -188,13 +188,15 @@ class Gcra:
             tat = state & _TAT
             given = state - tat
         if tat <= now:
-            tat, given = now, 0
+            if tat + (given >> 64) <= now:  # the last of what was ever charged has flowed off
+                given = 0
+            tat = now
         then = tat + cost * emission
         room = now + self.lifetime_ns - then
         if room >= 0:
             left = room // emission
             if left == limit:
-                return None, Verdict(True, limit, left, 0, 0, None)
+                return state if given else None, Verdict(True, limit, left, 0, 0, None)
             then += given
             return then, Verdict(True, limit, left, (left + 1) * emission - room, 0, then if cost else None)
         missing = max(0, tat - now)
@@ -213,7 +215,9 @@ class Gcra:
         flows_off = (receipt & _TAT) - max(0, given - (receipt >> 64))
         back = max(0, min(cost * self._emission_ns, flows_off - now))
         tat -= back
-        return (given + back) << 64 | tat if tat > now else None
+        given += back
+        # It is remembered until the last hit would have flowed off, for receipts tell where that was.
+        return given << 64 | tat if tat + given > now else None
 
     def ends(self, state: State) -> int:
         return 0 if state is None else int(state) & _TAT

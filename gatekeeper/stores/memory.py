@@ -7,7 +7,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Final
 
-from gatekeeper.commands import Batch, Hits, Limit, Replies, State, Verdict
+from gatekeeper.commands import Batch, Hits, Limit, Receipt, Replies, State, Verdict
 
 OVERFLOW: Final = "\0overflow"
 """The key of the bucket that new keys beyond the bound share. No rule makes a key that begins with NUL."""
@@ -87,6 +87,8 @@ class MemoryStore:
                     after, verdict = limit.step(state, now, cost)
                     if verdict.allowed and spend:
                         self._write(shard, key, after, now)
+                    if key is OVERFLOW and verdict.receipt is not None:
+                        verdict.receipt = (OVERFLOW, verdict.receipt)  # says where the charge lies
                 replies.append(verdict)
                 if not verdict.allowed:
                     refused = True
@@ -134,9 +136,11 @@ class MemoryStore:
                 state = shard.fresh.get(key) or shard.stale.get(key)
         return shard, key, state
 
-    def _locate(self, limit: Limit, key: str, now: int) -> tuple[_Shard, str, State]:
-        shards = self._tables.get(limit.space) or self._open(limit, now)
-        return self._find(shards[hash(key) & 63], limit, key, now)
+    def _held(self, limit: Limit, key: str, now: int) -> tuple[_Shard, State]:
+        """A key's shard and state, where it is held."""
+        shard = (self._tables.get(limit.space) or self._open(limit, now))[hash(key) & 63]
+        state = shard.fresh.get(key)
+        return shard, shard.stale.get(key) if state is None else state
 
     def _write(self, shard: _Shard, key: str, state: State, now: int) -> None:
         if now >= shard.turn:
@@ -167,19 +171,23 @@ class MemoryStore:
 
     def _undo(self, batch: Batch, now: int) -> None:
         for limit, key, cost, receipt in batch.gives:
-            shard, key, state = self._locate(limit, key, now)
-            self._write(shard, key, limit.give(state, now, cost, receipt), now)
+            self._give(limit, key, cost, receipt, now)
         for limit, key in batch.resets:
-            shard, key, _ = self._locate(limit, key, now)
-            if key != OVERFLOW:
-                self._write(shard, key, None, now)
+            self._write(self._held(limit, key, now)[0], key, None, now)
+
+    def _give(self, limit: Limit, key: str, cost: int, receipt: Receipt, now: int) -> None:
+        if receipt.__class__ is tuple:
+            key, receipt = receipt
+        shard, state = self._held(limit, key, now)
+        if state is not None:
+            self._write(shard, key, limit.give(state, now, cost, receipt), now)
 
     def _unspend(self, batch: Hits, replies: Replies, now: int) -> None:
         """One of several hits was refused: undo the others, and let their verdicts show it."""
         for (limit, key, cost), verdict in zip(batch, replies, strict=True):
             if isinstance(verdict, Verdict) and verdict.receipt is not None:
-                shard, key, state = self._locate(limit, key, now)
-                self._write(shard, key, limit.give(state, now, cost, verdict.receipt), now)
-        for place, (limit, key, _) in enumerate(batch):
-            if replies[place].allowed:
-                replies[place] = limit.step(self._locate(limit, key, now)[2], now, 0)[1]
+                self._give(limit, key, cost, verdict.receipt, now)
+        for place, ((limit, key, _), verdict) in enumerate(zip(batch, replies, strict=True)):
+            if isinstance(verdict, Verdict) and verdict.receipt is not None:
+                where = verdict.receipt[0] if verdict.receipt.__class__ is tuple else key
+                replies[place] = limit.step(self._held(limit, where, now)[1], now, 0)[1]
