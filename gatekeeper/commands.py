@@ -18,8 +18,8 @@ from gatekeeper.errors import StoreError
 NEVER: Final = 1 << 62
 """A wait in nanoseconds that does not end (some 146 years): the cost is greater than the limit itself."""
 
-State: TypeAlias = Any
-"""All that an algorithm remembers of a key: integers, immutable. None is a key that was never hit."""
+State: TypeAlias = int | None
+"""All that an algorithm remembers of a key, in one integer; None is a key that was never hit."""
 
 
 Receipt: TypeAlias = Any

@@ -1,6 +1,6 @@
 """How hits are counted. Each algorithm is pure: `step(state, now, cost) -> (state, Verdict)`.
 
-A state is an integer or a pair of them, None for a key never hit; a refusal leaves it as it was. What each
+A state is one integer, None for a key never hit; a refusal leaves it as it was. What each
 promises of a rate N/period, for every sequence of hits whatever their spacing:
 
 - `sliding_window` (default): never more than N in any window of one period.
@@ -18,6 +18,7 @@ from gatekeeper.commands import NEVER, State, Verdict
 from gatekeeper.ratelimit.rates import Rate
 
 NS: Final = 1_000_000_000
+_HEAD: Final = (1 << 48) - 1
 _TAT: Final = (1 << 64) - 1
 
 
@@ -52,11 +53,12 @@ class SlidingWindow:
 
     The whole log is one integer, so that it ages by a shift and is summed by a remainder::
 
-        … | hits 2 ticks ago | hits 1 tick ago | hits of this tick
+        … | hits 2 ticks ago | hits 1 tick ago | hits of this tick | tick (40 bits) | width (8 bits)
 
     Each count is `width` bits wide, which holds limit + 1. For digits d of base B the number is ≡ Σd mod B − 1,
-    and Σd ≤ limit < B − 1: the remainder *is* the sum. The state is (head, log), and the head is the tick that the
-    lowest digit is of, with the width in its low 8 bits: so a state outlives a change of the limit.
+    and Σd ≤ limit < B − 1: the remainder *is* the sum. The width depends on the limit and stands in the state,
+    so that a state outlives a change of the limit. (One integer and no tuple: a million of these are nothing to the
+    garbage collector.)
     """
 
     __slots__ = ("_mask", "_nines", "_tick", "_tick_ns", "_width", "lifetime_ns", "limit", "window_ns")
@@ -80,7 +82,8 @@ class SlidingWindow:
             start, end, head, expires = self._tick = self._tick_of(now)
         log = 0
         if state is not None:
-            written, log = state
+            log = state >> 48
+            written = state & _HEAD
             if written != head:
                 age = head - written
                 if age & 0xFF:  # the limit, and so the width, was another when this was written
@@ -100,7 +103,7 @@ class SlidingWindow:
                 expires -= (log.bit_length() - 1) // self._width * self._tick_ns
             elif not log:
                 return None, Verdict(True, limit, left, 0, 0, None)
-            return (head, log), Verdict(True, limit, left, expires - now, 0, head if cost else None)
+            return log << 48 | head, Verdict(True, limit, left, expires - now, 0, head if cost else None)
         if not log:
             return state, Verdict(False, limit, limit, 0, NEVER, None)
         oldest = (log.bit_length() - 1) // self._width
@@ -112,19 +115,19 @@ class SlidingWindow:
     def give(self, state: State, now: int, cost: int, receipt: int) -> State:
         if state is None:
             return None
-        head, log = state
+        head, log = state & _HEAD, state >> 48
         age = (head >> 8) - (receipt >> 8)
         if not 0 <= age <= self.TICKS:
             return state
         width = head & 0xFF
         count = log >> width * age & (1 << width) - 1
         log -= min(count, cost) << width * age
-        return (head, log) if log else None
+        return log << 48 | head if log else None
 
     def ends(self, state: State) -> int:
         if state is None:
             return 0
-        head, log = state
+        head, log = state & _HEAD, state >> 48
         # The newest hit goes last: it stands in the lowest digit that is not nought.
         newest = ((log & -log).bit_length() - 1) // (head & 0xFF)
         return int(((head >> 8) - newest + self.TICKS + 1) * self._tick_ns)
@@ -185,8 +188,8 @@ class Gcra:
         limit = self.limit
         tat, given = state or 0, 0
         if tat > _TAT:
-            tat = state & _TAT
-            given = state - tat
+            given = tat & ~_TAT
+            tat &= _TAT
         if tat <= now:
             if tat + (given >> 64) <= now:  # the last of what was ever charged has flowed off
                 given = 0
