@@ -21,7 +21,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_HEADS = frozenset(["http.response.start", "websocket.accept", "websocket.http.response.start"])
+_OTHER_HEADS = frozenset(["websocket.accept", "websocket.http.response.start"])
 
 POLICY_VIOLATION = 1008
 """The close code of a WebSocket that a limit ends (RFC 6455, 7.4.1)."""
@@ -117,21 +117,21 @@ class _Ticket(ScopeRequest, Ticket):
         if self.replaced:
             return _nothing()
         if kind == "http.response.body":
-            self.ended = "more_body" not in message or not message["more_body"]
-        elif kind in _HEADS:
+            if self.is_open:
+                self.ended = not message.get("more_body", False)
+        elif kind == "http.response.start" or kind in _OTHER_HEADS:
             if kind == "websocket.accept":
                 self.sent, self.ended = 101, True
             else:
                 self.sent = message["status"]
-                limited = self.limited() if self.limited is not None else None
-                if limited is not None and self.sent >= 500:
+                if self.sent >= 500 and self.limited is not None and (limited := self.limited()) is not None:
                     # The application took a decorator's refusal for a fault of its own; we know better.
                     return self._replace(self.gate.refusal(self, limited.verdict))
             fields = self.gate.respond(self)
             if fields:
                 # Copied: the message may be one that the application sends again and again.
                 message = dict(message)
-                message["headers"] = [*message.get("headers", ()), *fields]
+                message["headers"] = [*message["headers"], *fields] if "headers" in message else fields
         elif kind == "websocket.close":
             self.sent, self.ended, self.closed = self.sent or 403, True, True
         elif kind != "http.response.trailers":  # the other ways of sending a body

@@ -17,7 +17,7 @@ from gatekeeper.http.fields import Fields, wants_problem
 from gatekeeper.http.message import Request
 from gatekeeper.http.routes import Table
 from gatekeeper.identity import Identity
-from gatekeeper.ratelimit.fields import common_fields, limit_field, policy_field, refusal_body, retry_seconds
+from gatekeeper.ratelimit.fields import common_fields, policy_field, refusal_body, retry_seconds
 from gatekeeper.ratelimit.rules import RateLimit, Rule, outcome_matches
 
 DENIED_WAIT_NS = 1_000_000_000
@@ -50,7 +50,8 @@ class Ticket(Request):
     - `address`: the client's, behind trusted proxies; `user`: None if unknown
     - `refused`: 0 while the request is admitted, else the status it was refused with (429, or 503 when a store
       did not answer and the rule denies)
-    - `sent`, `ended`: the status of the response once its head was sent (else 0), and whether all of it was
+    - `sent`: the status of the response once its head was sent, else 0
+    - `ended`: whether all of it was sent; kept only where the outcome matters to a rule
     - `charges`: each rate that was asked, with its verdict
     """
 
@@ -141,7 +142,7 @@ class Gate:
         """
         ticket.gate = self
         # On the instance, for what only its class has takes longer to read, and these are read for each message.
-        ticket.refused, ticket.replaced, ticket.is_open, ticket.hits = 0, False, False, ()
+        ticket.replaced, ticket.is_open, ticket.hits = False, False, ()
         # A client that is its own peer, and was seen before, is one look-up.
         ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
         rules = self._always or self._table.match(ticket)
@@ -196,13 +197,17 @@ class Gate:
         hits = ticket.hits
         if not hits or not self._fields:
             return []
-        verdicts = ticket.verdicts
-        if len(hits) == 1:
-            limit: RateLimit = hits[0][0]  # type: ignore[assignment]  # a gate asks only of RateLimits
-            return [limit_field(limit, verdicts[0]), limit.policy_field]
-        place = min(range(len(hits)), key=lambda place: tightness(verdicts[place]))
-        policy = self._policies.get(ticket.rules) or self._policy(ticket.rules)
-        return [limit_field(hits[place][0], verdicts[place]), policy]  # type: ignore[arg-type]
+        rules, place = ticket.rules, 0
+        if len(hits) > 1:
+            verdicts = ticket.verdicts
+            place = min(range(len(hits)), key=lambda place: tightness(verdicts[place]))
+        verdict = ticket.verdicts[place]
+        # Seconds are rounded up: what `t` promises is there when it has passed.
+        seconds = (verdict.reset_ns + 999_999_999) // 1_000_000_000
+        return [
+            (b"ratelimit", hits[place][0].item % (verdict.remaining, seconds)),  # type: ignore[attr-defined]
+            self._policies.get(rules) or self._policy(rules),
+        ]
 
     def _policy(self, rules: tuple[Rule, ...]) -> tuple[bytes, bytes]:
         # There are as many as ways through decorated functions: few, but a body may choose its way.

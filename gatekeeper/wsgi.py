@@ -73,8 +73,7 @@ class _Ticket(EnvironRequest, Ticket):
         if self.replaced:
             return _discard
         self.sent = int(status[:3])
-        limited = self.limited() if self.limited is not None else None
-        if limited is not None and self.sent >= 500:
+        if self.sent >= 500 and self.limited is not None and (limited := self.limited()) is not None:
             # The application took a decorator's refusal for a fault of its own; we know better.
             self.replace(self.gate.refusal(self, limited.verdict), *exc_info)
             return _discard

@@ -11,7 +11,7 @@ from typing import Final
 
 from gatekeeper.commands import NEVER, Verdict
 from gatekeeper.http.fields import Fields
-from gatekeeper.ratelimit.rules import RateLimit, Rule
+from gatekeeper.ratelimit.rules import Rule
 
 QUOTA_EXCEEDED: Final = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 REDUCED_CAPACITY: Final = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
@@ -24,11 +24,6 @@ def policy_field(rules: Sequence[Rule]) -> tuple[bytes, bytes]:
     """`RateLimit-Policy` for a response to which these rules applied."""
     policies = ", ".join(limit.policy for rule in rules for limit in rule.limits)
     return b"ratelimit-policy", policies.encode("ascii")
-
-
-def limit_field(limit: RateLimit, verdict: Verdict) -> tuple[bytes, bytes]:
-    """`RateLimit`: what is left of a quota (`r`), and the seconds until it grows (`t`), rounded up."""
-    return b"ratelimit", limit.item % (verdict.remaining, (verdict.reset_ns + _ALMOST) // _SECOND)
 
 
 def retry_seconds(verdicts: Sequence[Verdict]) -> int | None:

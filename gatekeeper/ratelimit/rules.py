@@ -77,7 +77,7 @@ class RateLimit:
     """
 
     __slots__ = (
-        "algorithm", "give", "item", "lifetime_ns", "name", "policy", "policy_field", "rule", "space",
+        "algorithm", "give", "item", "lifetime_ns", "name", "policy", "rule", "space",
         "standin", "step",
     )  # fmt: skip
 
@@ -91,7 +91,6 @@ class RateLimit:
         self.give = algorithm.give
         self.lifetime_ns = algorithm.lifetime_ns
         self.policy = f"{quoted(name)};q={algorithm.limit};w={max(1, round(algorithm.window_ns / 1e9))}"
-        self.policy_field = b"ratelimit-policy", self.policy.encode("ascii")
         self.item = quoted(name).replace("%", "%%").encode("ascii") + b";r=%d;t=%d"  # to be filled in
 
     def __repr__(self) -> str:
