@@ -170,6 +170,7 @@ SCENARIOS: list[Scenario] = [
     ),
     spelled("/admin/x", "/admin/y", "/admin", "/admin/", "//admin//z", "/./admin/x", "/admin/../admin/x", "/%61dmin/x", "/x/%2e%2e/admin/q", "/admin%2Fx", match="/admin/*"),
     spelled("/login", "/login/", "//login", "/login/.", "/a/../login", "/login%0A", "/%6cogin", "/login?x=/other", match="/login"),
+    spelled("/x/b/y", "/x/../y%0A", "/x/./y/", "/x/./y%0A", match="/x/{a}/y"),
     spelled("/users/1", "/users/2/", "/users//3", "/users/a%20b", match="/users/{id}"),
     spelled("/files/a/b", "/files/../x", "/files/%2e%2e", match="/files/{rest:path}"),
     Scenario(
@@ -195,6 +196,16 @@ SCENARIOS: list[Scenario] = [
             (Ask(raw="/x", headers=[("Host", "a.example.org")]), OK),
             (Ask(raw="/y", headers=[("Host", "a.b.example.org")]), LIMITED),
             (Ask(raw="/y", headers=[("Host", "example.org")]), OK),
+        ],
+    ),
+    Scenario(
+        "a host that is named twice is limited as each of the two",
+        {"limits": [rule(rate="1/minute", match="api.example.com/*")]},
+        [
+            (Ask(headers=[("Host", "api.example.com")]), OK),
+            (Ask(headers=[("Host", "api.example.com,other.example.com")]), LIMITED),
+            (Ask(headers=[("Host", "other.example.com,api.example.com")]), LIMITED),
+            (Ask(headers=[("Host", "other.example.com")]), OK),
         ],
     ),
     Scenario(

@@ -351,3 +351,10 @@ def test_a_literal_pattern_covers_what_its_text_says(text: str, path: str) -> No
     else:
         stem = pattern.path.removesuffix("/*")
         assert pattern.covers("GET", "", tidy) is (tidy == stem or tidy.startswith(stem + "/"))
+
+
+@pytest.mark.parametrize("tail", ["\n/.", "/.", "\n/", "/..\n", "/x/.."])
+def test_a_path_is_tidied_however_long_its_tail(tail: str) -> None:
+    tidy = normalise("/b" + tail * 20_000)
+    assert normalise(tidy) == tidy
+    assert not tidy.endswith("\n")

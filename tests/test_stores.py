@@ -239,6 +239,16 @@ class TestMemory:
         store.ask(Batch(gives=[(one, "new", 3, receipt)]))
         assert ask(store, (one, "newer", 1))[0].allowed
 
+    def test_a_give_back_goes_where_the_charge_lies_though_room_has_come_since(self, clock: VirtualClock) -> None:
+        store, one = MemoryStore(max_keys=2, clock=clock), limit(3)
+        held = [(one, key, 1, ask(store, (one, key, 1))[0].receipt) for key in ("held", "too")]
+        overflowed = ask(store, (one, "new", 3))[0].receipt
+        store.ask(Batch(gives=held))
+        assert ask(store, (one, "new", 3))[0].allowed, "now in a bucket of its own"
+        store.ask(Batch(gives=[(one, "new", 3, overflowed)]))
+        assert not ask(store, (one, "new", 1))[0].allowed, "what was given back was the shared bucket's"
+        assert ask(store, (one, "newer", 3))[0].allowed, "which has room again"
+
     def test_the_count_of_keys_stays_true_over_any_history(self, clock: VirtualClock) -> None:
         random = Random(5)
         store, one = MemoryStore(max_keys=50, clock=clock), limit(4, 60)
