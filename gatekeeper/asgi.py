@@ -56,11 +56,10 @@ class GatekeeperMiddleware:
             if ticket.outer.under(gate) is not None:
                 await self.app(scope, receive, send)  # the same policy stands around us already
                 return
-        steps = gate.admit(ticket)
         if keeper.awaits:
-            ticket.refused = await arun(steps, keeper.aask)
+            ticket.refused = await arun(gate.admit(ticket), keeper.aask)
         else:
-            ticket.refused = run(steps, keeper.ask)
+            ticket.refused = gate.admit_at_once(ticket, keeper.ask)
         if ticket.refused:
             if kind == "websocket":
                 await receive()  # websocket.connect

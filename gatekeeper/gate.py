@@ -6,12 +6,12 @@ Nothing here waits, reads a clock or knows a framework. `gatekeeper.commands.run
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from typing import NamedTuple
 from weakref import ReferenceType
 
-from gatekeeper.commands import Batch, Call, Give, Hit, Replies, Steps, Verdict
+from gatekeeper.commands import Batch, Call, Give, Hit, Hits, Replies, Steps, Verdict, run
 from gatekeeper.errors import Limited, StoreError
 from gatekeeper.http.fields import Fields, wants_problem
 from gatekeeper.http.message import Request
@@ -118,7 +118,9 @@ class Gate:
     - `failures`: how often a rule was decided without its store, by "rule:policy"
     """
 
-    __slots__ = ("_always", "_direct", "_fields", "_identity", "_policies", "_table", "failures", "rules")
+    __slots__ = (
+        "_always", "_asks_user", "_direct", "_fields", "_identity", "_policies", "_table", "failures", "rules",
+    )  # fmt: skip
 
     def __init__(self, rules: Iterable[Rule], identity: Identity, *, fields: bool = True) -> None:
         self.rules = tuple(rules)
@@ -129,6 +131,7 @@ class Gate:
         self._table = Table((rule.pattern, rule) for rule in self.rules)
         # Where no rule has a pattern all of them apply to each request.
         self._always = self._table.always or ()
+        self._asks_user = any(rule.needs_user for rule in self.rules)
         self._policies: dict[tuple[Rule, ...], tuple[bytes, bytes]] = {}
 
     def address(self, request: Request) -> str:
@@ -140,15 +143,23 @@ class Gate:
 
         The result is for `Ticket.refused`: 0, or the status to refuse the request with.
         """
-        ticket.gate = self
-        # On the instance, for what only its class has takes longer to read, and these are read for each message.
-        ticket.replaced, ticket.is_open, ticket.hits = False, False, ()
-        # A client that is its own peer, and was seen before, is one look-up.
-        ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
-        rules = self._always or self._table.match(ticket)
-        if rules and ticket.method == "OPTIONS" and _is_preflight(ticket):
-            rules = tuple(rule for rule in rules if rule.preflights)
-        return self.extend(ticket, rules)
+        return self.extend(ticket, self._begin(ticket))
+
+    def admit_at_once(self, ticket: Ticket, ask: Callable[[Hits], Replies]) -> int:
+        """`admit`, for a store that does not wait: a request that one batch decides costs no generator.
+
+        (The generator and its driver are a tenth of all that a request costs.)
+        """
+        rules = self._begin(ticket)
+        if self._asks_user or not rules:
+            return run(self.extend(ticket, rules), ask)
+        hits = self._hits(ticket, rules)
+        verdicts = ask(hits)
+        for verdict in verdicts:
+            if not verdict.allowed:
+                return run(self._settle(ticket, rules, hits, verdicts), ask)
+        ticket.rules, ticket.hits, ticket.verdicts = rules, hits, verdicts  # type: ignore[assignment]
+        return 0
 
     def extend(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[int]:
         """Charge a request for rules: those that match, later those of decorators on its way.
@@ -158,18 +169,39 @@ class Gate:
         """
         if not rules:
             return 0
-        refused = 0
+        if not ticket.asked_user and any(rule.needs_user for rule in rules):
+            yield from self._ask_user(ticket)
+        hits = self._hits(ticket, rules)
+        verdicts: Replies = yield hits
+        return (yield from self._settle(ticket, rules, hits, verdicts))
+
+    def _begin(self, ticket: Ticket) -> tuple[Rule, ...]:
+        """Identify the client; the rules that match."""
+        ticket.gate = self
+        # On the instance, for what only its class has takes longer to read, and these are read for each message.
+        ticket.replaced, ticket.is_open, ticket.hits = False, False, ()
+        # A client that is its own peer, and was seen before, is one look-up.
+        ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
+        rules = self._always or self._table.match(ticket)
+        if rules and ticket.method == "OPTIONS" and _is_preflight(ticket):
+            rules = tuple(rule for rule in rules if rule.preflights)
+        return rules
+
+    def _hits(self, ticket: Ticket, rules: tuple[Rule, ...]) -> list[Hit]:
+        """A hit for each rate of each rule."""
         hits: list[Hit] = []
         for rule in rules:
-            if rule.is_special:
-                ticket.is_open = ticket.is_open or bool(rule.gives_back)
-                if rule.needs_user and not ticket.asked_user:
-                    yield from self._ask_user(ticket)
+            if rule.gives_back:
+                ticket.is_open = True
             key = ticket.address if rule.by_address else rule.key(ticket)
             cost = rule.cost
             for limit in rule.limits:
                 hits.append((limit, key, cost))
-        verdicts: Replies = yield hits
+        return hits
+
+    def _settle(self, ticket: Ticket, rules: tuple[Rule, ...], hits: list[Hit], verdicts: Replies) -> Steps[int]:
+        """Keep what was decided on the ticket, once what no store decided is decided too."""
+        refused = 0
         for verdict in verdicts:
             if not verdict.allowed:
                 refused, hits, verdicts = yield from self._refuse(hits, verdicts)

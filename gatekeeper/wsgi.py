@@ -47,7 +47,7 @@ class GatekeeperMiddleware:
             ticket.outer = environ["gatekeeper.ticket"]
             if ticket.outer.under(gate) is not None:
                 return self.app(environ, start_response)  # the same policy stands around us already
-        ticket.refused = run(gate.admit(ticket), keeper.ask)
+        ticket.refused = gate.admit_at_once(ticket, keeper.ask)
         if ticket.refused:
             return _refuse(environ, start_response, gate.refusal(ticket))
         environ["gatekeeper.ticket"] = ticket

@@ -267,7 +267,7 @@ def test_the_state_of_the_default_stays_small_whatever_the_hits() -> None:
     for _ in range(20_000):
         now += 3600 * NS // 9_999
         state, _ = algorithm.step(state, now, 1)
-        assert (state or 0).bit_length() <= 48 + 65 * 14
+        assert (state or 0).bit_length() <= 48 + 66 * 14
 
 
 def look(algorithm: Algorithm, state: State, now: int) -> int:

@@ -53,15 +53,19 @@ class SlidingWindow:
 
     The whole log is one integer, so that it ages by a shift and is summed by a remainder::
 
-        … | hits 2 ticks ago | hits 1 tick ago | hits of this tick | tick (40 bits) | width (8 bits)
+        … | hits 2 ticks ago | hits 1 tick ago | hits of this tick | sum of all | tick (40 bits) | width (8 bits)
 
     Each count is `width` bits wide, which holds limit + 1. For digits d of base B the number is ≡ Σd mod B − 1,
-    and Σd ≤ limit < B − 1: the remainder *is* the sum. The width depends on the limit and stands in the state,
-    so that a state outlives a change of the limit. (One integer and no tuple: a million of these are nothing to the
-    garbage collector.)
+    and Σd ≤ limit < B − 1: the remainder *is* the sum. It is kept beside them, for most hits fall into the tick
+    of the one before: they read the low end and add to it, however long the log. The width depends on the limit
+    and stands in the state, so that a state outlives a change of the limit. (One integer and no tuple: a million
+    of these are nothing to the garbage collector.)
     """
 
-    __slots__ = ("_mask", "_nines", "_tick", "_tick_ns", "_width", "lifetime_ns", "limit", "window_ns")
+    __slots__ = (
+        "_low", "_mask", "_nines", "_one", "_tick", "_tick_ns", "_width", "_young", "lifetime_ns", "limit",
+        "window_ns",
+    )  # fmt: skip
 
     version: ClassVar[int] = 1
     TICKS: ClassVar[int] = 64
@@ -71,63 +75,60 @@ class SlidingWindow:
         self.window_ns = period * NS
         self._tick_ns = self.window_ns // self.TICKS  # exact: 64 divides 10⁹
         self.lifetime_ns = self._tick_ns * (self.TICKS + 1)
-        self._width = (limit + 1).bit_length()
-        self._nines = (1 << self._width) - 1  # B − 1: the greatest digit, too
-        self._mask = (1 << self._width * (self.TICKS + 1)) - 1
+        self._width = width = (limit + 1).bit_length()
+        self._nines = (1 << width) - 1  # B − 1: the greatest digit, too
+        self._mask = (1 << width * (self.TICKS + 1)) - 1
+        self._low = (1 << 48 + width) - 1  # the sum, the tick and the width
+        self._one = 1 << 48 + width | 1 << 48  # a hit of this tick: one more there, and in the sum
+        self._young = (1 << 48 + 2 * width) - 1  # above it are hits of earlier ticks
         self._tick = self._tick_of(0)
 
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         start, end, head, expires = self._tick
         if not start <= now < end:
             start, end, head, expires = self._tick = self._tick_of(now)
-        log = 0
-        if state is not None:
-            log = state >> 48
-            written = state & _HEAD
-            if written != head:
-                age = head - written
-                if age & 0xFF:  # the limit, and so the width, was another when this was written
-                    log = self._recast(log, written & 0xFF)
-                    age = (head >> 8) - (written >> 8) << 8
-                if age >= 0:
-                    log = (log << (age >> 8) * self._width) & self._mask if age <= 64 << 8 else 0
-                else:  # another process's clock is ahead of ours: time stands still until we are there
-                    head -= age
-                    expires -= (age >> 8) * self._tick_ns
+        aged = state
+        if aged is None:
+            aged, spent = head, 0
+        else:
+            low = aged & self._low
+            spent = low >> 48
+            if low & _HEAD != head:
+                aged, spent, head, expires = self._aged(aged, head, expires)
         limit = self.limit
-        spent = log % self._nines
         left = limit - spent - cost
         if left >= 0:
-            log += cost
-            if log > self._nines:
-                expires -= (log.bit_length() - 1) // self._width * self._tick_ns
-            elif not log:
+            aged += self._one if cost == 1 else cost * self._one
+            if aged > self._young:
+                expires -= ((aged.bit_length() - 49) // self._width - 1) * self._tick_ns  # as `_oldest`
+            elif left == limit:  # nothing is left of earlier hits, and this was but a look
                 return None, Verdict(True, limit, left, 0, 0, None)
-            return log << 48 | head, Verdict(True, limit, left, expires - now, 0, head if cost else None)
-        if not log:
+            return aged, Verdict(True, limit, left, expires - now, 0, head if cost else None)
+        if not spent:
             return state, Verdict(False, limit, limit, 0, NEVER, None)
-        oldest = (log.bit_length() - 1) // self._width
+        oldest = self._oldest(aged)
         reset = expires - oldest * self._tick_ns - now
-        wait = self._wait(log, oldest, -left)
+        wait = self._wait(aged >> 48 + self._width, spent, oldest, -left)
         wait = NEVER if wait is None else expires - wait * self._tick_ns - now
         return state, Verdict(False, limit, max(0, limit - spent), reset, wait, None)
 
     def give(self, state: State, now: int, cost: int, receipt: int) -> State:
         if state is None:
             return None
-        head, log = state & _HEAD, state >> 48
+        head = state & _HEAD
+        width = head & 0xFF
+        log = state >> 48 + width
         age = (head >> 8) - (receipt >> 8)
         if not 0 <= age <= self.TICKS:
             return state
-        width = head & 0xFF
-        count = log >> width * age & (1 << width) - 1
-        log -= min(count, cost) << width * age
-        return log << 48 | head if log else None
+        back = min(log >> width * age & (1 << width) - 1, cost)
+        return state - (back << 48 + width * (age + 1)) - (back << 48) if log != back << width * age else None
 
     def ends(self, state: State) -> int:
         if state is None:
             return 0
-        head, log = state & _HEAD, state >> 48
+        head = state & _HEAD
+        log = state >> 48 + (head & 0xFF)
         # The newest hit goes last: it stands in the lowest digit that is not nought.
         newest = ((log & -log).bit_length() - 1) // (head & 0xFF)
         return int(((head >> 8) - newest + self.TICKS + 1) * self._tick_ns)
@@ -141,9 +142,33 @@ class SlidingWindow:
         start = tick * self._tick_ns
         return start, start + self._tick_ns, tick << 8 | self._width, start + self.lifetime_ns
 
-    def _wait(self, log: int, oldest: int, need: int) -> int | None:
+    def _aged(self, state: int, head: int, expires: int) -> tuple[int, int, int, int]:
+        """A state written in another tick, as it is in the tick of `head`: with its sum, and with the last two.
+
+        They differ from what was asked where another process's clock is ahead of ours: then time stands still
+        until we are there.
+        """
+        written = state & _HEAD
+        width = self._width
+        log = state >> 48 + (written & 0xFF)
+        if written & 0xFF != width:  # the limit, and so the width, was another when this was written
+            log = self._recast(log, written & 0xFF)
+        age = (head >> 8) - (written >> 8)
+        if age >= 0:
+            log = (log << age * width) & self._mask if age <= self.TICKS else 0
+        else:
+            head -= age << 8
+            expires -= age * self._tick_ns
+        spent = log % self._nines
+        return (log << width | spent) << 48 | head, spent, head, expires
+
+    def _oldest(self, state: int) -> int:
+        """The age of the oldest hits: they are in the highest digit."""
+        return (state.bit_length() - 49) // self._width - 1
+
+    def _wait(self, log: int, spent: int, oldest: int, need: int) -> int | None:
         """The age of the hits with which, the oldest first, `need` units have left the window; None for never."""
-        if log % self._nines < need:
+        if spent < need:
             return None
         age = oldest
         while True:
