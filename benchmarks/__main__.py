@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Final, TextIO
 
-from benchmarks import asgi, limiter, memory, wsgi
+from benchmarks import asgi, gateway, gateway_memory, hashing, limiter, memory, wsgi
 from benchmarks.measure import Progress, Result, Row, Skipped, Unfit
 from gatekeeper import __version__
 
@@ -24,6 +24,9 @@ BENCHMARKS: Final[dict[str, Callable[[bool, Progress], Result]]] = {
     "memory": memory.run,
     "asgi": asgi.run,
     "wsgi": wsgi.run,
+    "gateway": gateway.run,
+    "gateway_memory": gateway_memory.run,
+    "hashing": hashing.run,
 }
 """By name, in the order they run. Called with (quick, progress)."""
 

@@ -1,17 +1,20 @@
-"""The command line: `gatekeeper check FILE`, `gatekeeper schema`, `gatekeeper --version`.
+"""The command line: `gatekeeper serve FILE`, `gatekeeper check FILE`, `gatekeeper schema`, `gatekeeper --version`.
 
-Exit statuses: 0 all is well, 2 the settings or the command are wrong. Errors go to standard error.
+Exit statuses: 0 all is well, 1 the output could not be written, 2 the settings or the command are wrong. Errors and
+warnings go to standard error.
 """
 
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from gatekeeper import __version__
 from gatekeeper.errors import MissingExtra, SettingsError
 from gatekeeper.keeper import Gatekeeper
-from gatekeeper.settings import json_schema
+from gatekeeper.settings import json_schema, warnings
 
 if TYPE_CHECKING:
     import typer
@@ -25,9 +28,28 @@ def _app() -> "typer.Typer":
 
     app = typer.Typer(add_completion=False, no_args_is_help=True)
 
+    def tell(text: str) -> None:
+        """A line on standard output; where it cannot be written, the status is 1."""
+        try:
+            typer.echo(text)
+        except BrokenPipeError:
+            raise  # who reads has seen enough: no error to speak of
+        except OSError as error:
+            typer.echo(f"standard output: {error.strerror}", err=True)
+            # What the stream still holds would be tried again at the end, with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+
+    def wrong(error: SettingsError) -> NoReturn:
+        for problem in error.problems:
+            typer.echo(problem, err=True)
+        count = len(error.problems)
+        typer.echo(f"{count} {'error' if count == 1 else 'errors'}", err=True)
+        raise typer.Exit(2) from None
+
     def version(wanted: bool) -> None:
         if wanted:
-            typer.echo(f"gatekeeper {__version__}")
+            tell(f"gatekeeper {__version__}")
             raise typer.Exit
 
     @app.callback()
@@ -40,29 +62,61 @@ def _app() -> "typer.Typer":
 
     @app.command()
     def check(file: Annotated[Path, typer.Argument(help="A settings file in TOML.")]) -> None:
-        """Report everything that is wrong with a settings file."""
+        """Report everything that is wrong with a settings file, or else what it says."""
         # As servers do: settings may name functions of the application.
         sys.path.insert(0, "")
         try:
             keeper = Gatekeeper(file)
         except SettingsError as error:
-            for problem in error.problems:
-                typer.echo(problem, err=True)
-            count = len(error.problems)
-            typer.echo(f"{count} {'error' if count == 1 else 'errors'}", err=True)
+            wrong(error)
+        for line in _told(keeper):
+            tell(line)
+        for warning in warnings(keeper.settings):
+            typer.echo(f"warning: {warning}", err=True)
+
+    @app.command()
+    def serve(
+        file: Annotated[Path, typer.Argument(help="A settings file in TOML.")],
+        listen: Annotated[str | None, typer.Option(help='In place of listen.address: "host:port".')] = None,
+    ) -> None:
+        """Run the gateway that a settings file describes, until SIGTERM or Ctrl-C."""
+        sys.path.insert(0, "")
+        try:
+            from gatekeeper.gateway import supervisor, worker  # noqa: F401  # it tells what is not installed
+        except MissingExtra as error:
+            typer.echo(str(error), err=True)
             raise typer.Exit(2) from None
-        for rule in keeper.gate.rules:
-            matches = rule.pattern.text if rule.pattern is not None else "all requests"
-            typer.echo(f"{rule.name}: {matches}: {', '.join(limit.policy for limit in rule.limits)}")
-        if not keeper.gate.rules:
-            typer.echo("no limits: every request passes")
+        try:
+            status = supervisor.serve(file, listen)
+        except SettingsError as error:
+            wrong(error)
+        except supervisor.BindError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from None
+        raise typer.Exit(status)
 
     @app.command()
     def schema() -> None:
         """Print the JSON Schema of settings files, for editors to complete them by."""
-        typer.echo(json.dumps(json_schema(), indent=2))
+        tell(json.dumps(json_schema(), indent=2))
 
     return app
+
+
+def _told(keeper: Gatekeeper) -> Iterator[str]:
+    """What settings say, a line for each rule, pool and route. No URL is shown."""
+    for rule in keeper.gate.rules:
+        matches = rule.pattern.text if rule.pattern is not None else "all requests"
+        yield f"{rule.name}: {matches}: {', '.join(limit.policy for limit in rule.limits)}"
+    if not keeper.gate.rules:
+        yield "no limits: every request passes"
+    for name, pool in keeper.settings.pools.items():
+        policy = pool.policy if isinstance(pool.policy, str) else getattr(pool.policy, "__name__", "of your own")
+        by = f" by {pool.key}" if pool.policy == "ring" else ""
+        count = len(pool.upstreams)
+        yield f"pool {name}: {policy}{by} over {count} {'upstream' if count == 1 else 'upstreams'}"
+    for route in keeper.settings.routes:
+        yield f"route {route.match}: {route.pool}"
 
 
 def main() -> None:

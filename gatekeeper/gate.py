@@ -6,7 +6,7 @@ Nothing here waits, reads a clock or knows a framework. `gatekeeper.commands.run
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import NamedTuple
 from weakref import ReferenceType
@@ -15,10 +15,12 @@ from gatekeeper.commands import Batch, Call, Give, Hit, Hits, Replies, Steps, Ve
 from gatekeeper.errors import Limited, StoreError
 from gatekeeper.http.fields import Fields, wants_problem
 from gatekeeper.http.message import Request
-from gatekeeper.http.routes import Table
+from gatekeeper.http.parts import Part
+from gatekeeper.http.routes import Pattern, Router, Table
 from gatekeeper.identity import Identity
 from gatekeeper.ratelimit.fields import common_fields, policy_field, refusal_body, retry_seconds
 from gatekeeper.ratelimit.rules import RateLimit, Rule, outcome_matches
+from gatekeeper.upstreams.pool import Pool, Upstream
 
 DENIED_WAIT_NS = 1_000_000_000
 """How long a client is told to wait when a rule denies because its store does not answer."""
@@ -39,6 +41,17 @@ class Charge(NamedTuple):
     key: str
     cost: int
     verdict: Verdict
+
+
+class Destination(NamedTuple):
+    """Where a route leads: a pool, by what its policy hashes requests, and how long it is waited for (seconds)."""
+
+    pool: Pool
+    key: Part | None
+    connect_timeout: float
+    response_timeout: float
+    read_timeout: float
+    idle_timeout: float
 
 
 class Ticket(Request):
@@ -115,14 +128,24 @@ class Gate:
 
     - `rules`, in the order of the settings
     - `fields`: whether responses tell the client its quota
+    - `routes`: where a gateway sends requests; an application's middleware has none
     - `failures`: how often a rule was decided without its store, by "rule:policy"
     """
 
     __slots__ = (
-        "_always", "_asks_user", "_direct", "_fields", "_identity", "_policies", "_table", "failures", "rules",
+        "_always", "_asks_user", "_direct", "_fields", "_identity", "_policies", "_table", "failures", "routes",
+        "rules",
     )  # fmt: skip
 
-    def __init__(self, rules: Iterable[Rule], identity: Identity, *, fields: bool = True) -> None:
+    def __init__(
+        self,
+        rules: Iterable[Rule],
+        identity: Identity,
+        *,
+        fields: bool = True,
+        routes: Iterable[tuple[Pattern, Destination]] = (),
+    ) -> None:
+        self.routes = Router(routes)
         self.rules = tuple(rules)
         self.failures: Counter[str] = Counter()
         self._identity = identity
@@ -137,6 +160,10 @@ class Gate:
     def address(self, request: Request) -> str:
         """The name under which the client is counted."""
         return self._identity.address(request)
+
+    def trusts(self, peer: str | None) -> bool:
+        """Whether a peer is a proxy whose word on the client is believed."""
+        return self._identity.trusts(peer)
 
     def admit(self, ticket: Ticket) -> Steps[int]:
         """Identify the client and charge the rules that match.
@@ -220,6 +247,31 @@ class Gate:
         ticket.hits = hits
         ticket.verdicts = verdicts  # type: ignore[assignment]  # no StoreError is left
         return refused
+
+    def route(self, ticket: Ticket) -> Destination | None:
+        """Where a request goes; None if no route is for it."""
+        return self.routes.find(ticket)
+
+    def reads_alike(self, ticket: Ticket, readings: Iterable[str]) -> bool:
+        """Whether a request is under the same rules and on the same route, however its path is read.
+
+        Servers differ in what they make of `%2F`, `%5C`, `%25` and `;`. Where another reading would be under other
+        rules, or lead elsewhere, there is no saying what the path means.
+        """
+        path, rules, route = ticket.path, set(self._table.match(ticket)), self.routes.find(ticket)
+        try:
+            for reading in readings:
+                ticket.path = reading
+                if set(self._table.match(ticket)) != rules or self.routes.find(ticket) is not route:
+                    return False
+        finally:
+            ticket.path = path
+        return True
+
+    def choose(self, ticket: Ticket, destination: Destination, now: int, draw: float) -> Iterator[Upstream]:
+        """The upstreams to turn to, in order of preference. `now` in nanoseconds; `draw` is from [0, 1)."""
+        key = ticket.address if destination.key is None else destination.key(ticket) or ticket.address
+        return destination.pool.choose(key, now, draw)
 
     def respond(self, ticket: Ticket) -> Fields:
         """The fields to add to a response, before its head is sent.

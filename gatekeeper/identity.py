@@ -106,11 +106,12 @@ class Identity:
 
     def named_user(self, request: Request) -> str | None:
         """The user that a trusted peer names in its field."""
-        if self._user_field is None or not self._is_trusted(request.peer):
+        if self._user_field is None or not self.trusts(request.peer):
             return None
         return request.field(self._user_field) or None
 
-    def _is_trusted(self, peer: str | None) -> bool:
+    def trusts(self, peer: str | None) -> bool:
+        """Whether a peer is a proxy whose forwarding field is believed."""
         if not peer:
             return self._unix
         return (self._known.get(peer) or self._learn(peer))[1]

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
 from gatekeeper import decorators
 from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, Verdict
 from gatekeeper.errors import SettingsError, StoreError
-from gatekeeper.gate import Gate, tightness
+from gatekeeper.gate import Destination, Gate, tightness
 from gatekeeper.http.fields import NAME
+from gatekeeper.http.parts import part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.identity import Identity
 from gatekeeper.ratelimit.rates import parse_rates
 from gatekeeper.ratelimit.rules import LONGEST_KEY, Rule, bounded
-from gatekeeper.settings import IdentitySettings, LimitSettings, Settings, is_asynchronous, load_settings
+from gatekeeper.settings import (
+    IdentitySettings,
+    LimitSettings,
+    PoolSettings,
+    Settings,
+    UnixAddress,
+    UpstreamSettings,
+    is_asynchronous,
+    load_settings,
+    parse_upstream,
+)
 from gatekeeper.stores.memory import MemoryStore
+from gatekeeper.upstreams.health import Ejection
+from gatekeeper.upstreams.policies import POLICIES, RingOrder
+from gatekeeper.upstreams.pool import Pool, Upstream
 
 STORES: Final[dict[str, Callable[..., Store]]] = {"memory": MemoryStore}
 """Stores by the scheme of their URL."""
@@ -82,7 +97,40 @@ class Gatekeeper:
 
 def _gate(settings: Settings) -> Gate:
     rules = [_rule(limit, settings) for limit in settings.limits]
-    return Gate(rules, _identity(settings.identity), fields=settings.response.fields)
+    destinations = {name: _destination(name, pool) for name, pool in settings.pools.items()}
+    routes = [(Pattern(route.match), destinations[route.pool]) for route in settings.routes]
+    return Gate(rules, _identity(settings.identity), fields=settings.response.fields, routes=routes)
+
+
+def _destination(name: str, settings: PoolSettings) -> Destination:
+    upstreams = [_upstream(upstream, settings) for upstream in settings.upstreams]
+    policy = POLICIES[settings.policy] if isinstance(settings.policy, str) else settings.policy
+    if policy is RingOrder:
+        policy = partial(RingOrder, vnodes=settings.vnodes)
+    pool = Pool(name, upstreams, policy)
+    return Destination(
+        pool,
+        part(settings.key) if pool.needs_key else None,
+        settings.connect_timeout / 1e9,
+        settings.response_timeout / 1e9,
+        settings.read_timeout / 1e9,
+        settings.idle_timeout / 1e9,
+    )
+
+
+def _upstream(settings: UpstreamSettings, pool: PoolSettings) -> Upstream:
+    address = parse_upstream(settings.url)
+    health = pool.health
+    host, port, path = ("localhost", 80, address.path) if isinstance(address, UnixAddress) else (*address, None)
+    return Upstream(
+        settings.id,
+        host,
+        port,
+        path=path,
+        weight=settings.weight,
+        max_in_flight=settings.max_in_flight,
+        ejection=Ejection(health.failures, health.eject_for, health.eject_at_most),
+    )
 
 
 def _rule(limit: LimitSettings, settings: Settings) -> Rule:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as program
+from benchmarks import gateway, gateway_memory, loopback, proxies, traffic
 from benchmarks.measure import (
     Progress,
     Result,
@@ -215,7 +220,8 @@ def test_an_unknown_name_is_a_wrong_argument() -> None:
     done = benchmarks("limitr")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "expected limiter, memory, asgi, wsgi, and not 'limitr'" in done.stderr
+    names = ", ".join(program.BENCHMARKS)
+    assert f"expected {names}, and not 'limitr'" in " ".join(done.stderr.split())
 
 
 def test_the_limiter_benchmark_prints_its_table() -> None:
@@ -231,3 +237,102 @@ def test_the_limiter_benchmark_prints_its_table() -> None:
     met = [match[2] for match in matches if match]
     assert done.returncode == (1 if "NO" in met else 0)
     assert done.stderr == "limiter ...\n"
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="another process is accounted as Linux does it")
+traffics = pytest.mark.skipif(not find_spec("uvloop"), reason="the load and its upstreams run on uvloop")
+
+
+@pytest.fixture
+def upstreams() -> Iterator[list[int]]:
+    with traffic.upstream("a") as a, traffic.upstream("b") as b:
+        yield [a, b]
+
+
+@linux
+def test_cpu_time_by_process_id_is_that_of_the_process() -> None:
+    before = time.process_time()
+    by_id = loopback.cpu_seconds(os.getpid())
+    assert before <= by_id <= time.process_time()
+
+
+def fail_once_started(process: loopback.Running) -> None:
+    process.port_told(r"port (\d+)")
+    assert process.pid in loopback.children(os.getpid())
+    process.fail("is not right")
+
+
+@linux
+def test_processes_end_with_their_context_also_when_it_fails() -> None:
+    sleeps = [sys.executable, "-c", "import time; print('port 1', flush=True); time.sleep(600)"]
+    with pytest.raises(Unfit, match="sleeper is not right"), loopback.running("sleeper", sleeps) as process:
+        fail_once_started(process)
+    assert process.process.poll() is not None
+
+
+def test_a_process_that_ends_too_early_is_quoted() -> None:
+    fails = [sys.executable, "-c", "import sys; sys.exit('no such thing')"]
+    with (
+        pytest.raises(Unfit, match="the peer ended with 1: no such thing"),
+        loopback.running("the peer", fails) as process,
+    ):
+        process.port_told(r"port (\d+)")
+
+
+@pytest.mark.parametrize("post", [False, True])
+@pytest.mark.parametrize("place", [0, 7])
+def test_the_load_sends_twelve_fields_and_a_body_of_their_length(post: bool, place: int) -> None:
+    head, _, body = traffic.request(place, 17, post=post).partition(b"\r\n\r\n")
+    _, *lines = head.decode().split("\r\n")
+    fields = dict(line.split(": ", 1) for line in lines)
+    assert len(lines) == len(fields) == 12
+    assert int(fields.get("Content-Length", 0)) == len(body)
+    assert traffic.request(place, 18, post=post) != traffic.request(place, 17, post=post)
+
+
+@linux
+@traffics
+def test_the_load_looks_at_every_answer(upstreams: list[int]) -> None:
+    with traffic.load() as driver:
+        driver.open(upstreams[0])
+        driver.send(200)
+        driver.close()
+        with pytest.raises(Unfit, match="refused"):
+            driver.open(loopback.free_port())
+
+
+@linux
+@traffics
+def test_a_proxy_that_does_not_say_for_whom_is_not_compared(upstreams: list[int]) -> None:
+    with pytest.raises(Unfit, match="a bare upstream sent 'x-forwarded-proto' as None"):
+        gateway.verify("a bare upstream", upstreams[0])
+
+
+@linux
+@traffics
+@pytest.mark.parametrize("name", gateway.PEERS)
+def test_a_peer_passes_the_load_on_and_is_accounted(name: str, upstreams: list[int]) -> None:
+    with ExitStack() as stack:
+        try:
+            proxy = stack.enter_context(gateway.PEERS[name].start(upstreams))
+        except Skipped as reason:
+            pytest.skip(str(reason))
+        driver = stack.enter_context(traffic.load())
+        gateway.verify(name, proxy.port)
+        seconds = gateway.timed({name: proxy}, driver, {name: 64}, 1)
+    assert list(seconds) == [name]
+    assert 0 < seconds[name][0] < 1
+
+
+@linux
+@traffics
+def test_memory_is_counted_for_long_bodies_and_idle_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_memory, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(proxies, "ours", lambda upstreams, listen: proxies.asgi("aiohttp", upstreams))
+    try:
+        (up, down), _ = gateway_memory.long_bodies(8 * gateway_memory.MIB, lambda text: None)
+        idle, notes = gateway_memory.idle_connections(20, lambda text: None)
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    assert (up.unit, down.unit, idle.unit) == ("MiB", "MiB", "KiB")
+    assert not notes

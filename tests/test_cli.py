@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -27,11 +28,12 @@ rate = ["5/minute", "20/hour"]
 """
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, output: IO[str] | int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     """The command's outcome, on a terminal so wide that no line is broken."""
     return subprocess.run(
         [COMMAND, *arguments],
-        capture_output=True,
+        stdout=output,
+        stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
         check=False,
@@ -62,6 +64,89 @@ def test_a_file_without_limits_passes_and_says_so(file: Path) -> None:
     assert done.stdout == "no limits: every request passes\n"
 
 
+GATEWAY = """\
+[identity]
+user = "header:X-User"
+
+[pools.api]
+upstreams = ["http://127.0.0.1:9001", { id = "b", url = "http://127.0.0.1:9002" }]
+
+[pools.carts]
+policy = "ring"
+key = "user"
+upstreams = "http+unix:///run/carts.sock"
+
+[pools.own]
+policy = "gatekeeper.upstreams.policies:Random"
+upstreams = ["http://own"]
+
+[[routes]]
+match = "/api/*"
+pool = "api"
+
+[[routes]]
+match = "GET shop.example.com/carts/{id}"
+pool = "carts"
+
+[[routes]]
+match = "/own"
+pool = "own"
+"""
+
+
+def test_pools_and_routes_are_told_without_the_urls_of_upstreams(file: Path) -> None:
+    file.write_text(RIGHT + GATEWAY, encoding="utf-8")
+    done = run("check", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[2:] == [
+        "pool api: least_connections over 2 upstreams",
+        "pool carts: ring by user over 1 upstream",
+        "pool own: Random over 1 upstream",
+        "route /api/*: api",
+        "route GET shop.example.com/carts/{id}: carts",
+        "route /own: own",
+    ]
+    assert "127.0.0.1" not in done.stdout
+
+
+def test_what_is_odd_but_right_is_a_warning_with_status_0(file: Path) -> None:
+    file.write_text('[pools.api]\npolicy = "ring"\nkey = "user"\nupstreams = "http://a"\n', encoding="utf-8")
+    done = run("check", file)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "no limits: every request passes",
+        "pool api: ring by user over 1 upstream",
+    ]
+    assert done.stderr.splitlines() == [
+        "warning: pools.api.key: no identity.user tells the user, so each client is its address",
+        "warning: pools.api: no route leads to it",
+    ]
+
+
+def test_what_is_wrong_with_the_gateway_is_told_without_its_values(file: Path) -> None:
+    file.write_text(
+        '[pools.api]\nupstreams = ["https://u:hunter2@host"]\n[[routes]]\nmatch = "/*"\npool = "apl"\n',
+        encoding="utf-8",
+    )
+    done = run("check", file)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        f'{file}: pools.api.upstreams[0]: expected "http://host:port"; TLS to upstreams is not there yet',
+        f'{file}: routes[0].pool: expected the name of a pool; did you mean "api"?',
+        "2 errors",
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [["schema"], ["--version"], ["check"]])
+def test_output_that_cannot_be_written_is_told_in_one_line_with_status_1(arguments: list[str], file: Path) -> None:
+    file.write_text(RIGHT, encoding="utf-8")
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = run(*arguments, *([file] if arguments == ["check"] else []), output=full)
+    assert done.returncode == 1
+    assert done.stderr == "standard output: No space left on device\n"
+
+
 def test_all_that_is_wrong_goes_to_standard_error_with_status_2(file: Path) -> None:
     file.write_text(
         '[stroe]\n[store]\nurl = "redis://:hunter2@host"\n[[limits]]\nname = "a"\nrate = "hunter2"\n',
@@ -85,10 +170,11 @@ def test_all_that_is_wrong_goes_to_standard_error_with_status_2(file: Path) -> N
     [
         (b'[store]\nurl = "hunter2\n', "expected TOML: Illegal character '\\n' (at line 2, column 15)"),
         (b"# \xff\n", "expected UTF-8 (line 1)"),
+        (b"\xef\xbb\xbf[store]\n", "expected UTF-8 without a byte order mark, and the file begins with one"),
         (b"#" * (GREATEST_FILE + 1), f"expected at most {GREATEST_FILE} bytes"),
         (b"a = " + b"[" * 100_000, "expected TOML that is not nested so deep"),
     ],
-    ids=["TOML", "UTF-8", "size", "depth"],
+    ids=["TOML", "UTF-8", "mark", "size", "depth"],
 )
 def test_a_file_that_cannot_be_read_as_settings_is_told_in_one_line(
     file: Path, content: bytes, expected: str

@@ -86,13 +86,31 @@ def schema_keys() -> Iterator[Any]:
     """Each key of the schema: the heading of its table, the key, what the schema says of it."""
     schema = json_schema()
     for table, below in schema["properties"].items():
-        is_list = "items" in below
-        reference = below["items"]["$ref"] if is_list else below["$ref"]
-        model = schema["$defs"][reference.rpartition("/")[2]]
-        heading = f"[[{table}]]" if is_list else f"[{table}]"
-        for key, what in model["properties"].items():
+        yield from table_keys(schema, table, below)
+
+
+def table_keys(schema: Any, table: str, below: Any) -> Iterator[Any]:
+    """The keys of a table, or of each in a list of tables, or of each that has a name; and of those in it."""
+    if "additionalProperties" in below:
+        table, below = f"{table}.NAME", below["additionalProperties"]
+    heading = f"[{table}]"
+    if "$ref" not in below:
+        heading = f"[[{table}]]"
+        below = next(one for one in references(below) if "$ref" in one)
+    model = schema["$defs"][below["$ref"].rpartition("/")[2]]
+    for key, what in model["properties"].items():
+        if "$ref" not in what:
             default = what["default"] if key not in model.get("required", ()) else "required"
             yield pytest.param(heading, key, default, id=f"{table}.{key}")
+        if any("$ref" in one for one in references(what)):
+            yield from table_keys(schema, f"{table}.{key}", what)
+
+
+def references(what: Any) -> Iterator[Any]:
+    """What a value may be, in a list as well."""
+    yield what
+    for one in [what["items"]] if "items" in what else what.get("anyOf", ()):
+        yield from references(one)
 
 
 def settings_rows() -> dict[tuple[str, str], list[str]]:
@@ -118,9 +136,34 @@ def test_no_key_is_documented_that_the_schema_lacks() -> None:
     assert set(settings_rows()) == {tuple(key.values[:2]) for key in schema_keys()}
 
 
-def test_the_settings_page_shows_each_key_in_its_whole_file() -> None:
-    text = FENCE.findall((ROOT / "docs/settings.md").read_text(encoding="utf-8"))[-1][1]
-    document = tomllib.loads(text)
-    shown = {(f"[{table}]", key) for table in ("store", "identity", "response") for key in document[table]}
-    shown |= {("[[limits]]", key) for rule in document["limits"] for key in rule}
+def shown_keys(table: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The keys that a document sets, by (heading, key) as `settings_rows` has them."""
+    for key, below in value.items():
+        name = f"{table}.{key}" if table else key
+        if key == "pools":
+            for pool in below.values():
+                yield from shown_keys("pools.NAME", pool)
+        elif isinstance(below, dict):
+            yield from shown_keys(name, below)
+        else:
+            tables = [one for one in below if isinstance(one, dict)] if isinstance(below, list) else []
+            if table:
+                yield f"[[{table}]]" if table in LISTED else f"[{table}]", key
+            for one in tables:
+                yield from shown_keys(name, one)
+
+
+LISTED = {"limits", "routes", "pools.NAME.upstreams"}
+"""The tables that come in lists."""
+
+
+def test_the_settings_page_shows_each_key_in_its_whole_files() -> None:
+    page = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    shown = {
+        key
+        for section in re.split(r"^## ", page, flags=re.MULTILINE)
+        if section.startswith("A whole ")
+        for _, text in FENCE.findall(section)
+        for key in shown_keys("", tomllib.loads(text))
+    }
     assert shown == set(settings_rows())

@@ -1,4 +1,4 @@
-"""Paths in one spelling, patterns, and the table of patterns."""
+"""Paths in one spelling, patterns, the table of patterns, and the router that takes the most specific."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gatekeeper.errors import GatekeeperError
 from gatekeeper.http.message import ScopeRequest
-from gatekeeper.http.routes import Pattern, PatternError, Table, host_of, normalise
+from gatekeeper.http.routes import Pattern, PatternError, Router, Table, host_of, normalise
 
 
 def request(path: str, method: str = "GET", host: str | None = None) -> ScopeRequest:
@@ -332,13 +332,135 @@ def test_a_table_agrees_with_trying_each_pattern_in_order(
     texts: list[str | None], path: str, method: str, host: str | None
 ) -> None:
     entries = [(None if text is None else Pattern(text), place) for place, text in enumerate(texts)]
-    spellings = {normalise(path), path}
+    spellings = {normalise(path)}
+    if path != normalise(path):
+        spellings |= {path, path.rstrip("/\n")}  # an application may do without the tail alone
     expected = tuple(
         place
         for pattern, place in entries
         if pattern is None or any(pattern.covers(method, host_of(host), spelling) for spelling in spellings)
     )
     assert Table(entries).match(request(path, method, host)) == expected
+
+
+def most_specific(texts: list[str], method: str, host: str, path: str) -> int | None:
+    """Which pattern a router should take, by trying and sorting all of them."""
+
+    def specificity(place: int) -> tuple[object, ...]:
+        words = texts[place].split()
+        named_host, slash, rest = words[-1].partition("/")
+        pattern = normalise(slash + rest)
+        literal = pattern.removesuffix("/*").partition("{")[0]
+        wildcard = named_host.startswith("*.")
+        return (
+            "{" in pattern or "*" in pattern,
+            -len(literal),
+            not named_host,
+            wildcard,
+            -len(named_host),
+            len(words) == 1,
+            place,
+        )
+
+    covering = [place for place, text in enumerate(texts) if Pattern(text).covers(method, host, normalise(path))]
+    return min(covering, key=specificity, default=None)
+
+
+MORE_PATTERNS = [*PATTERNS, "*.x.h.com/*", "*.h.com/a", "/{y}", "/a/{y}", "GET /{x:path}", "PUT *.h.com/*"]
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    texts=st.lists(st.sampled_from(MORE_PATTERNS), max_size=12),
+    path=st.lists(st.sampled_from(["", ".", "..", "a", "b", "aa", ".a", "a\n"])).map(
+        lambda parts: "/" + "/".join(parts)
+    ),
+    method=st.sampled_from(["GET", "HEAD", "POST", "PUT"]),
+    host=st.sampled_from([None, "h.com", "H.com.:80", "x.h.com", "y.x.h.com", "other"]),
+)
+def test_a_router_agrees_with_sorting_all_that_match(
+    texts: list[str], path: str, method: str, host: str | None
+) -> None:
+    router = Router((Pattern(text), place) for place, text in enumerate(texts))
+    assert router.find(request(path, method, host)) == most_specific(texts, method, host_of(host), path)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "path"),
+    [
+        ("/a/b", "/a/{x}", "/a/b"),
+        ("/a/b", "GET h.com/a/*", "/a/b"),  # an exact path is before all that is variable
+        ("/a/b/*", "/a/*", "/a/b/c"),
+        ("/a/b/*", "GET h.com/a/*", "/a/b/c"),
+        ("/a/{x}", "/a/*", "/a/b"),
+        ("/a/*", "/{x:path}", "/a"),
+        ("/a/*", "/*", "/a"),
+        ("h.com/a", "/a", "/a"),
+        ("h.com/a", "*.com/a", "/a"),
+        ("*.com/a", "/a", "/a"),
+        ("*.com/a", "GET /a", "/a"),
+        ("GET /a", "/a", "/a"),
+        ("GET /a/*", "/a/*", "/a/b"),
+        ("GET|POST h.com/a", "h.com/a", "/a"),
+    ],
+)
+def test_the_more_specific_route_is_taken_whatever_the_order(better: str, worse: str, path: str) -> None:
+    entries = [(Pattern(better), "better"), (Pattern(worse), "worse")]
+    for pairs in (entries, entries[::-1]):
+        assert Router(pairs).find(request(path, host="h.com")) == "better"
+    assert Router(entries[1:]).find(request(path, host="h.com")) == "worse"
+
+
+def test_of_two_routes_that_are_as_specific_the_first_is_taken() -> None:
+    one, other = (Pattern("/a/{x}"), 1), (Pattern("/a/{y:path}"), 2)
+    assert Router([one, other]).find(request("/a/b")) == 1
+    assert Router([other, one]).find(request("/a/b")) == 2
+
+
+def test_a_route_whose_method_or_host_differs_gives_way_to_a_wider_one() -> None:
+    router = Router([(Pattern("POST /a"), 1), (Pattern("other.com/a"), 2), (Pattern("/*"), 3)])
+    assert router.find(request("/a", "POST")) == 1
+    assert router.find(request("/a", host="other.com")) == 2
+    assert router.find(request("/a")) == 3
+
+
+def test_a_router_without_a_route_for_a_request_finds_nothing() -> None:
+    nothing: list[tuple[Pattern, int]] = []
+    assert Router(nothing).find(request("/")) is None
+    assert Router([(Pattern("/a/*"), 1)]).find(request("/ab")) is None
+    assert Router([(Pattern("/a"), 1)]).find(request("/a/b")) is None
+
+
+@pytest.mark.parametrize(
+    "path", ["/open/../admin/x", "//admin/x", "/admin/./x", "/admin/x/", "admin/x", "/admin/x\n"]
+)
+def test_a_router_goes_by_the_normalised_path_alone(path: str) -> None:
+    router = Router([(Pattern("/open/*"), "open"), (Pattern("/admin/*"), "admin")])
+    assert router.find(request(path)) == "admin"
+
+
+def test_get_routes_cover_head_and_the_bare_prefix_is_covered() -> None:
+    router = Router([(Pattern("GET /api/*"), 1)])
+    assert [router.find(request("/api", method)) for method in ("GET", "HEAD", "POST")] == [1, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("/a/{x}", "/a/{y}", True),
+        ("/a/", "/a", True),
+        ("GET|POST /a", "post|get /a", True),
+        ("GET /a", "GET|HEAD /a", True),
+        ("H.com/a", "h.com/a", True),
+        ("/a/{x}", "/a/{x:path}", False),
+        ("/a/*", "/a/{x:path}", False),
+        ("/a", "GET /a", False),
+        ("/a", "h.com/a", False),
+        ("*.h.com/a", "h.com/a", False),
+    ],
+)
+def test_patterns_of_the_same_requests_have_one_meaning(one: str, other: str, same: bool) -> None:
+    assert (Pattern(one).meaning == Pattern(other).meaning) is same
 
 
 @settings(max_examples=200, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gatekeeper.errors import GatekeeperError, SettingsError
-from gatekeeper.settings import GREATEST_FILE, Settings, json_schema, load_settings
+from gatekeeper.settings import (
+    GREATEST_FILE,
+    PoolSettings,
+    Settings,
+    TcpAddress,
+    UnixAddress,
+    json_schema,
+    load_settings,
+    nth,
+    parse_address,
+    warnings,
+)
 
 SECRET = "hunter2"
 """Stands in as many wrong values as can be, and must show in no error."""
@@ -35,6 +47,34 @@ def problems_of(source: Any) -> tuple[str, ...]:
 
 def limit(**values: Any) -> dict[str, Any]:
     return {"limits": [{"name": "a", "rate": "5/minute", **values}]}
+
+
+def pool(**values: Any) -> dict[str, Any]:
+    return {"pools": {"api": {"upstreams": ["http://127.0.0.1:9001"], **values}}}
+
+
+def ring(**values: Any) -> dict[str, Any]:
+    return pool(policy="ring", **values)
+
+
+def upstreams(*values: Any) -> dict[str, Any]:
+    return pool(upstreams=list(values))
+
+
+def routes(*values: Any) -> dict[str, Any]:
+    return {**pool(), "routes": list(values)}
+
+
+def listen(**values: Any) -> dict[str, Any]:
+    return {"listen": values}
+
+
+def the_pool(document: dict[str, Any]) -> PoolSettings:
+    return load_settings(document).pools["api"]
+
+
+class Policy:
+    """A policy of one's own."""
 
 
 def user_function(request: object) -> str:
@@ -63,8 +103,40 @@ EVERYTHING: dict[str, Any] = {
             "give_back": ["404", "5xx", "disconnect"],
             "preflights": True,
         },
-        {"name": "bursty.1", "rate": "10/second", "burst": 50, "key": "user"},
+        {"name": "bursty.1", "rate": "10/second", "burst": 50, "key": ["user", "cookie:sid"]},
     ],
+    "listen": {
+        "address": "[::1]:0",
+        "forwarded": "forwarded",
+        "head_timeout": "1s",
+        "idle_timeout": "50ms",
+        "body_timeout": "1d",
+        "least_rate": "1KiB",
+        "drain_timeout": "0s",
+        "max_head": 65536,
+        "max_fields": 50,
+        "max_body": "10MB",
+        "max_connections": 1,
+        "max_connections_per_address": 0,
+        "access_log": True,
+    },
+    "pools": {
+        "api": {
+            "policy": "round_robin",
+            "upstreams": [
+                "http://a:9001",
+                {"url": "http+unix:///run/b.sock", "id": "b", "weight": 2, "max_in_flight": 100},
+                {"url": "http://c"},
+            ],
+            "connect_timeout": "1s",
+            "response_timeout": "1m",
+            "read_timeout": "1h",
+            "idle_timeout": "0ms",
+            "health": {"failures": 1, "eject_for": "1m", "eject_at_most": "1m"},
+        },
+        "carts.1": {"policy": "ring", "key": "cookie:sid", "vnodes": 40, "upstreams": "http://d"},
+    },
+    "routes": [{"match": "/*", "pool": "api"}, {"match": "GET *.example.com/carts/{id}", "pool": "carts.1"}],
 }
 """A document that sets everything."""
 
@@ -99,6 +171,10 @@ def test_everything_can_be_set() -> None:
     assert settings.identity.trusted_proxies == ["10.0.0.0/8", "2001:db8::/32", "192.0.2.1", "unix"]
     assert settings.response.fields is False
     assert [rule.counted_by for rule in settings.limits] == ["sliding_window", "sliding_counter", "gcra"]
+    assert (settings.listen.place, settings.listen.least_rate) == (TcpAddress("::1", 0), 1024)
+    assert [upstream.id for upstream in settings.pools["api"].upstreams] == ["http://a:9001", "b", "http://c"]
+    assert settings.pools["carts.1"].key == "cookie:sid"
+    assert [route.pool for route in settings.routes] == ["api", "carts.1"]
 
 
 def test_one_text_stands_for_a_list_of_one() -> None:
@@ -139,6 +215,11 @@ def test_settings_are_frozen() -> None:
         (settings.identity, "user", None),
         (settings.response, "fields", True),
         (settings.limits[0], "cost", 5),
+        (settings.listen, "max_head", 1),
+        (settings.pools["api"], "key", "user"),
+        (settings.pools["api"].upstreams[0], "weight", 2),
+        (settings.pools["api"].health, "failures", 2),
+        (settings.routes[0], "pool", "b"),
     ]:
         before = getattr(model, field)
         with pytest.raises(ValidationError, match="frozen"):
@@ -146,10 +227,276 @@ def test_settings_are_frozen() -> None:
         assert getattr(model, field) == before
 
 
+def test_the_defaults_of_the_schema_are_written_as_in_a_file() -> None:
+    defaults = {
+        name: field.get("default") for name, field in json_schema()["$defs"]["ListenSettings"]["properties"].items()
+    }
+    assert (defaults["head_timeout"], defaults["max_head"], defaults["least_rate"]) == ("10s", "32KiB", 256)
+
+
 def test_loading_leaves_the_mapping_as_it_was() -> None:
     before = json.dumps(EVERYTHING)
     load_settings(EVERYTHING)
     assert json.dumps(EVERYTHING) == before
+
+
+# Durations, sizes, addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "nanoseconds"),
+    [
+        ("1ms", 10**6),
+        ("50ms", 50 * 10**6),
+        ("10s", 10 * 10**9),
+        ("010s", 10 * 10**9),
+        ("5m", 300 * 10**9),
+        ("1h", 3600 * 10**9),
+        ("1d", 86_400 * 10**9),
+        ("365d", 365 * 86_400 * 10**9),
+        ("31536000000ms", 365 * 86_400 * 10**9),
+    ],
+)
+def test_a_duration_is_read_as_nanoseconds(text: str, nanoseconds: int) -> None:
+    assert load_settings(listen(head_timeout=text)).listen.head_timeout == nanoseconds
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "", "s", "10", "10 s", " 10s", "10s\n", "1.5s", "+1s", "-1s", "1_0s", "10S", "10sec", "1us", "1w", "1h30m", "infs",
+        "\N{ARABIC-INDIC DIGIT ONE}s", "\N{FULLWIDTH DIGIT ONE}s", "\N{SUPERSCRIPT TWO}s", "nans", "1e3s", "0s", "0d",
+        "366d", "31536001s", "9" * 12 + "s", "9" * 100_000 + "s", "\ud800",
+        0, 10, -1, 1.5, float("nan"), float("inf"), True, None, b"10s", ["10s"], {"s": 10},
+    ],
+)  # fmt: skip
+def test_what_is_no_duration_is_refused(value: Any) -> None:
+    (problem,) = problems_of(listen(head_timeout=value))
+    assert problem.startswith('listen.head_timeout: expected a duration such as "50ms", "10s"')
+    assert len(problem) < 150
+
+
+@pytest.mark.parametrize("text", ["0s", "0ms", "0d"])
+def test_nothing_is_a_duration_where_it_means_something(text: str) -> None:
+    assert load_settings(listen(drain_timeout=text)).listen.drain_timeout == 0
+    assert the_pool(pool(idle_timeout=text)).idle_timeout == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (1, 1),
+        (1 << 50, 1 << 50),
+        ("1", 1),
+        ("2KiB", 2048),
+        ("3MiB", 3 << 20),
+        ("4GiB", 4 << 30),
+        ("2KB", 2000),
+        ("3MB", 3_000_000),
+        ("4GB", 4_000_000_000),
+        ("1048576GiB", 1 << 50),
+    ],
+)
+def test_a_size_is_read_as_bytes(value: Any, size: int) -> None:
+    assert load_settings(listen(max_body=value)).listen.max_body == size
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "", "KiB", "1 KiB", "1kib", "1K", "1B", "1TiB", "1.5MiB", "-1", "+1", "1_000", "0x10", "1e3", "1KiB\n", "0", "0GiB",
+        "\N{ARABIC-INDIC DIGIT ONE}KiB", "\N{SUPERSCRIPT TWO}", "1048577GiB", "9" * 100_000, "\ud800", "nan",
+        0, -1, (1 << 50) + 1, pytest.param(10**5000, id="huge"), 1.0, float("nan"), float("inf"), True, False, None, b"1", [1],
+    ],
+)  # fmt: skip
+def test_what_is_no_size_is_refused(value: Any) -> None:
+    (problem,) = problems_of(listen(max_body=value))
+    assert problem.startswith("listen.max_body: expected a number of bytes, or a size such as ")
+    assert len(problem) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "place"),
+    [
+        ("127.0.0.1:8080", "127.0.0.1:8080", TcpAddress("127.0.0.1", 8080)),
+        ("0.0.0.0:0", "0.0.0.0:0", TcpAddress("0.0.0.0", 0)),
+        ("localhost:65535", "localhost:65535", TcpAddress("localhost", 65535)),
+        ("My-Host.Example.com:080", "my-host.example.com:80", TcpAddress("my-host.example.com", 80)),
+        ("a_b:1", "a_b:1", TcpAddress("a_b", 1)),
+        ("[::]:80", "[::]:80", TcpAddress("::", 80)),
+        ("[2001:DB8:0::1]:80", "[2001:db8::1]:80", TcpAddress("2001:db8::1", 80)),
+        ("unix:/run/gatekeeper.sock", "unix:/run/gatekeeper.sock", UnixAddress("/run/gatekeeper.sock")),
+        ("unix:/" + "a" * 106, "unix:/" + "a" * 106, UnixAddress("/" + "a" * 106)),
+        ("unix:/run/é", "unix:/run/é", UnixAddress("/run/é")),
+    ],
+)
+def test_an_address_is_a_host_with_a_port_or_a_socket(text: str, shown: str, place: Any) -> None:
+    found = load_settings(listen(address=text)).listen
+    assert (found.address, found.place) == (shown, place)
+    assert parse_address(text) == place
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", ":", ":8080", "8080", "localhost", "localhost:", "localhost:65536", "localhost:-1", "localhost:+1",
+        "localhost:1 ", " localhost:1", "localhost:1\n", "localhost:080808", "localhost:\N{ARABIC-INDIC DIGIT ONE}",
+        "*:80", "::1:80", "[::1]", "[::1]80", "[::1%eth0]:80", "[127.0.0.1]:80", "[]:80", "[:::]:80",
+        "127.1:80", "1:80", "0x7f.1:80", "256.0.0.1:80", "1.2.3.4.5:80", "127.0.0.01:80",
+        "-a:80", "a-:80", "a..b:80", ".a:80", "a.:80", "é:80", "a/b:80", "u@h:80", "http://h:80", "a" * 64 + ":80",
+        ".".join(["a" * 60] * 5) + ":80",
+        "unix:", "unix:run", "unix:/", "unix:/a/", "unix:/a?b", "unix:/a#b", "unix:/a%20b", "unix:/a\0b", "unix:/a\nb",
+        "unix:/" + "a" * 107, "unix:/" + "é" * 54, "unix:/\ud800", "UNIX:/a", "unix://run/../\x1b", "a" * 100_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_address(text)
+    (problem,) = problems_of(listen(address=text))
+    assert problem.startswith("listen.address: expected ")
+
+
+@pytest.mark.parametrize(
+    ("text", "url", "place"),
+    [
+        ("http://127.0.0.1:9001", "http://127.0.0.1:9001", TcpAddress("127.0.0.1", 9001)),
+        ("http://Api", "http://api", TcpAddress("api", 80)),
+        ("HTTP://api:80", "http://api", TcpAddress("api", 80)),
+        ("http://api:8080", "http://api:8080", TcpAddress("api", 8080)),
+        ("http://[::1]", "http://[::1]", TcpAddress("::1", 80)),
+        ("http://[::80]:80", "http://[::80]", TcpAddress("::80", 80)),
+        ("http://[::80]:81", "http://[::80]:81", TcpAddress("::80", 81)),
+        ("http+unix:///run/a.sock", "http+unix:///run/a.sock", UnixAddress("/run/a.sock")),
+    ],
+)
+def test_an_upstream_is_known_by_its_url_in_one_spelling(text: str, url: str, place: Any) -> None:
+    for given_as in (text, {"url": text}, {"url": text, "id": None}):
+        (upstream,) = the_pool(upstreams(given_as)).upstreams
+        assert (upstream.url, upstream.id, upstream.place) == (url, url, place)
+    (named,) = the_pool(upstreams({"id": "b", "url": text})).upstreams
+    assert (named.url, named.id, named.weight, named.max_in_flight) == (url, "b", 1, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "a", "a:80", "//a", "ftp://a", "http:a", "http:/a", "http://", "http://:80", "http://a:", "http://a:0",
+        "http://a:65536", "http://a:1x", "http://a/", "http://a/b", "http://a?b", "http://a#b", "http://a:80/",
+        f"http://user:{SECRET}@a", f"http://{SECRET}@a:80", f"http://a:{SECRET}@b", "http://a b", "http://a\n", "http://a\0",
+        "http://127.1", "http://2130706433", "http://é", "http://[::1", "http://\ud800", " http://a", "http+unix://a",
+        "http+unix:///a?b", "http+unix:///a%2fb", "http+unix:///", "http+unix:/a", "https+unix:///a", "http://" + "a" * 10**5,
+    ],
+)  # fmt: skip
+def test_what_is_no_url_of_an_upstream_is_refused(text: str) -> None:
+    (problem,) = problems_of(upstreams("http://ok", text))
+    assert problem.startswith("pools.api.upstreams[1]: expected ")
+
+
+@pytest.mark.parametrize("text", ["https://a", f"https://user:{SECRET}@a:443/x", "HTTPS://a"])
+def test_tls_to_an_upstream_is_told_not_to_be_there_yet(text: str) -> None:
+    assert problems_of(upstreams(text)) == (
+        'pools.api.upstreams[0]: expected "http://host:port"; TLS to upstreams is not there yet',
+    )
+
+
+@pytest.mark.parametrize("kind", [str, list])
+def test_one_upstream_may_be_a_text_or_a_list_of_one(kind: Any) -> None:
+    (upstream,) = the_pool(pool(upstreams="http://a" if kind is str else ["http://a"])).upstreams
+    assert upstream.url == "http://a"
+
+
+def test_the_gateway_listens_at_home_unless_told_otherwise() -> None:
+    settings = load_settings({})
+    assert (settings.pools, settings.routes) == ({}, [])
+    second = 10**9
+    assert settings.listen.model_dump() == {
+        "address": "127.0.0.1:8080",
+        "forwarded": "x-forwarded",
+        "head_timeout": 10 * second,
+        "idle_timeout": 75 * second,
+        "body_timeout": 30 * second,
+        "least_rate": 256,
+        "drain_timeout": 10 * second,
+        "max_head": 32 << 10,
+        "max_fields": 100,
+        "max_body": 1 << 30,
+        "max_connections": 16_384,
+        "max_connections_per_address": 512,
+        "access_log": False,
+    }
+
+
+def test_a_pool_needs_its_upstreams_alone() -> None:
+    second = 10**9
+    assert the_pool(pool()).model_dump(exclude={"upstreams"}) == {
+        "policy": "least_connections",
+        "key": "ip",
+        "vnodes": 160,
+        "connect_timeout": 2 * second,
+        "response_timeout": 30 * second,
+        "read_timeout": 60 * second,
+        "idle_timeout": 4 * second,
+        "health": {"failures": 3, "eject_for": 10 * second, "eject_at_most": 300 * second},
+    }
+
+
+def test_a_policy_may_be_a_class_or_the_name_of_one_and_then_go_by_a_key() -> None:
+    assert the_pool(pool(policy=Policy, key="user")).policy is Policy
+    assert the_pool(pool(policy="json:JSONDecoder", key="header:X-User")).policy is json.JSONDecoder
+    assert [the_pool(ring(key=key)).key for key in ("ip", "path", "cookie:a")] == ["ip", "path", "cookie:a"]
+
+
+def test_an_upstream_may_be_given_twice_with_an_id_each() -> None:
+    twice = the_pool(upstreams("http://a", {"id": "b", "url": "http://a"}, {"id": "c", "url": "http://a"}))
+    assert [upstream.id for upstream in twice.upstreams] == ["http://a", "b", "c"]
+
+
+def test_what_is_wrong_with_pools_and_routes_is_told_together() -> None:
+    problems = problems_of(
+        {
+            "listen": {"address": SECRET, "max_head": SECRET},
+            "pools": {
+                "api": {"upstreams": ["http://a", SECRET, "http://a"], "key": "ip", "read_timeout": SECRET},
+                "b c": {"upstreams": []},
+            },
+            "routes": [{"match": "/*", "pool": "apl"}, {"match": "/*", "pool": "b c", "zzz": 1}],
+        }
+    )
+    assert sorted(problem.partition(": ")[0] for problem in problems) == [
+        "listen.address", "listen.max_head", 'pools."b c"', 'pools."b c".upstreams', "pools.api.key",
+        "pools.api.read_timeout", "pools.api.upstreams[1]", "pools.api.upstreams[2]", "routes[0].pool",
+        "routes[1].match", "routes[1].zzz",
+    ]  # fmt: skip
+
+
+def test_what_is_odd_but_right_is_a_warning() -> None:
+    user = limit(key=["ip", "user"])
+    document = {**user, **ring(key="user"), "routes": [{"match": "/*", "pool": "api"}]}
+    nobody = "no identity.user tells the user, so each client is its address"
+    assert warnings(load_settings(document)) == [f"limits[0].key: {nobody}", f"pools.api.key: {nobody}"]
+    assert warnings(load_settings({**document, "identity": {"user": "header:X-User"}})) == []
+    assert warnings(load_settings(pool())) == ["pools.api: no route leads to it"]
+    assert warnings(load_settings({})) == []
+
+
+def test_what_is_wrong_in_a_list_is_told_by_its_place() -> None:
+    for values, place in (
+        ({"rate": ["5/minute", SECRET]}, "2nd"),
+        ({"key": ["ip", "user", SECRET]}, "3rd"),
+        ({"give_back": ["404", SECRET]}, "2nd"),
+    ):
+        (problem,) = problems_of(limit(**values))
+        assert problem.endswith(f"(see the {place})")
+    (problem,) = problems_of({"identity": {"trusted_proxies": ["unix"] * 10 + [SECRET]}})
+    assert problem.endswith("(see the 11th)")
+    (problem,) = problems_of(limit(rate=SECRET))
+    assert "see the" not in problem
+
+
+def test_places_are_counted_as_people_do() -> None:
+    assert [nth(place) for place in (0, 1, 2, 3, 10, 11, 12, 20, 21, 110)] == [
+        "1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "22nd", "111th",
+    ]  # fmt: skip
 
 
 # What is wrong
@@ -220,7 +567,7 @@ def test_loading_leaves_the_mapping_as_it_was() -> None:
         (limit(key=["ip", SECRET]), "limits[0].key", "expected ip, user, route"),
         (limit(key=[]), "limits[0].key", "expected at least one part"),
         (limit(key="header:"), "limits[0].key", "header:NAME"),
-        (limit(key=f"cookie:{SECRET}"), "limits[0].key", "header:NAME"),
+        (limit(key=f"cookie:{SECRET} x"), "limits[0].key", "cookie:NAME"),
         (limit(key=f"header:{SECRET} x"), "limits[0].key", "header:NAME"),
         (limit(key="header:\N{CYRILLIC CAPITAL LETTER KA}"), "limits[0].key", "header:NAME"),
         (limit(key=[7]), "limits[0].key[0]", "expected a valid string"),
@@ -242,6 +589,105 @@ def test_loading_leaves_the_mapping_as_it_was() -> None:
         (limit(give_back="4x"), "limits[0].give_back", "expected statuses"),
         (limit(give_back=[404]), "limits[0].give_back[0]", "expected a valid string"),
         (limit(preflights=SECRET), "limits[0].preflights", "expected a valid boolean"),
+        ({"listen": SECRET}, "listen", "expected a valid dictionary"),
+        (listen(address=SECRET), "listen.address", 'expected "host:port"'),
+        (listen(address=8080), "listen.address", "expected a valid string"),
+        (listen(address=f"unix:{SECRET}"), "listen.address", "expected an absolute path"),
+        (listen(forwarded=SECRET), "listen.forwarded", "expected 'x-forwarded', 'forwarded' or 'none'"),
+        (listen(head_timeout=SECRET), "listen.head_timeout", "expected a duration"),
+        (listen(head_timeout="0s"), "listen.head_timeout", "above 0s, at most 365d"),
+        (listen(head_timeout=10), "listen.head_timeout", "expected a duration"),
+        (listen(idle_timeout="0ms"), "listen.idle_timeout", "above 0s, at most 365d"),
+        (listen(body_timeout="366d"), "listen.body_timeout", "at most 365d"),
+        (listen(least_rate=-1), "listen.least_rate", "0 to 1073741824 bytes"),
+        (listen(drain_timeout="-1s"), "listen.drain_timeout", '"1d", at most 365d'),
+        (listen(max_head=SECRET), "listen.max_head", "expected a number of bytes"),
+        (listen(max_head=1023), "listen.max_head", "1024 to 16777216 bytes"),
+        (listen(max_head="17MiB"), "listen.max_head", "1024 to 16777216 bytes"),
+        (listen(max_fields=0), "listen.max_fields", "expected greater than or equal to 1"),
+        (listen(max_fields=True), "listen.max_fields", "expected a valid integer"),
+        (listen(max_fields=float("nan")), "listen.max_fields", "expected a valid integer"),
+        (listen(max_body=0), "listen.max_body", "1 to 1125899906842624 bytes"),
+        (listen(max_body=10**100), "listen.max_body", "1 to 1125899906842624 bytes"),
+        (listen(max_connections=0), "listen.max_connections", "expected greater than or equal to 1"),
+        (listen(max_connections_per_address=-1), "listen.max_connections_per_address", "expected greater than or equal to 0"),
+        (listen(access_log="yes"), "listen.access_log", "expected a valid boolean"),
+        ({"pools": SECRET}, "pools", "[pools.NAME]"),
+        ({"pools": [{"upstreams": SECRET}]}, "pools", "[pools.NAME]"),
+        ({"pools": {"api": SECRET}}, "pools.api", "[pools.NAME]"),
+        ({"pools": {"api": {}}}, "pools.api.upstreams", "expected a value, there is none"),
+        ({"pools": {"a b": {"upstreams": ["http://a"]}}}, 'pools."a b"', "expected 1 to 64 letters"),
+        ({"pools": {"": {"upstreams": ["http://a"]}}}, 'pools.""', "expected 1 to 64 letters"),
+        ({"pools": {"a" * 65: {"upstreams": ["http://a"]}}}, f'pools."{"a" * 64}"', "expected 1 to 64 letters"),
+        ({"pools": {7: {"upstreams": ["http://a"]}}}, "pools[7]", "expected a valid string"),
+        (pool(policy=SECRET), "pools.api.policy", "expected round_robin, random, least_connections, ring"),
+        (pool(policy="rnig"), "pools.api.policy", 'did you mean "ring"?'),
+        (pool(policy="least_connection"), "pools.api.policy", 'did you mean "least_connections"?'),
+        (pool(policy=None), "pools.api.policy", "expected round_robin"),
+        (pool(policy=[SECRET]), "pools.api.policy", "expected round_robin"),
+        (pool(policy=True), "pools.api.policy", "expected round_robin"),
+        (pool(policy=f"{SECRET}:Name"), "pools.api.policy", "expected a module that can be imported"),
+        (pool(policy=f"json:{SECRET}"), "pools.api.policy", "expected a name that the module has"),
+        (pool(policy="os:sep"), "pools.api.policy", "or a class"),
+        (pool(key="ip"), "pools.api.key", "goes with the policy ring"),
+        (pool(key="ip", policy="random"), "pools.api.key", "goes with the policy ring"),
+        (pool(vnodes=160), "pools.api.vnodes", "goes with the policy ring"),
+        (pool(vnodes=160, policy=Policy), "pools.api.vnodes", "goes with the policy ring"),
+        (pool(vnodes=160, policy="json:JSONDecoder"), "pools.api.vnodes", "goes with the policy ring"),
+        (ring(key=SECRET), "pools.api.key", "expected ip, user, header:NAME, cookie:NAME or path"),
+        (ring(key="method"), "pools.api.key", "expected ip, user"),
+        (ring(key="host"), "pools.api.key", "expected ip, user"),
+        (ring(key="route"), "pools.api.key", "expected ip, user"),
+        (ring(key=f"header:{SECRET} x"), "pools.api.key", "expected ip, user"),
+        (ring(key=["ip"]), "pools.api.key", "expected a valid string"),
+        (ring(vnodes=0), "pools.api.vnodes", "expected greater than or equal to 1"),
+        (ring(vnodes=10**9), "pools.api.vnodes", "expected less than or equal to 10000"),
+        (ring(vnodes=True), "pools.api.vnodes", "expected a valid integer"),
+        (ring(vnodes=10_000, upstreams=[{"url": "http://a", "weight": 101}]), "pools.api", "at most 1000000 points"),
+        (upstreams(), "pools.api.upstreams", "expected at least one upstream"),
+        (upstreams(*(f"http://a{place}" for place in range(10_001))), "pools.api.upstreams", "expected at most 10000 upstreams"),
+        (pool(upstreams=None), "pools.api.upstreams", "expected a list of URLs"),
+        (pool(upstreams={"url": SECRET}), "pools.api.upstreams", "expected a list of URLs"),
+        (pool(upstreams=SECRET), "pools.api.upstreams", 'expected "http://host:port"'),
+        (upstreams("http://a", SECRET), "pools.api.upstreams[1]", 'expected "http://host:port"'),
+        (upstreams("http://a", 7), "pools.api.upstreams", "(see the 2nd)"),
+        (upstreams({"id": SECRET}), "pools.api.upstreams[0].url", "expected a value, there is none"),
+        (upstreams({"url": SECRET}), "pools.api.upstreams[0].url", 'expected "http://host:port"'),
+        (upstreams({"url": [SECRET]}), "pools.api.upstreams[0].url", "expected a valid string"),
+        (upstreams({"url": "http://a", "id": f"{SECRET} x"}), "pools.api.upstreams[0].id", "expected 1 to 64 letters"),
+        (upstreams({"url": "http://a", "id": ""}), "pools.api.upstreams[0].id", "expected 1 to 64 letters"),
+        (upstreams({"url": "http://a", "id": f"http://{SECRET}"}), "pools.api.upstreams[0].id", "expected 1 to 64 letters"),
+        (upstreams({"url": "http://a", "id": 7}), "pools.api.upstreams[0].id", "expected a valid string"),
+        (upstreams({"url": "http://a", "weight": 0}), "pools.api.upstreams[0].weight", "expected greater than or equal to 1"),
+        (upstreams({"url": "http://a", "weight": 1001}), "pools.api.upstreams[0].weight", "expected less than or equal to 1000"),
+        (upstreams({"url": "http://a", "weight": 1.5}), "pools.api.upstreams[0].weight", "expected a valid integer"),
+        (upstreams({"url": "http://a", "max_in_flight": 0}), "pools.api.upstreams[0].max_in_flight", "expected greater than or equal to 1"),
+        (upstreams({"url": "http://a", "max_in_flight": float("inf")}), "pools.api.upstreams[0].max_in_flight", "expected a valid integer"),
+        (upstreams("http://a", "http://A:80"), "pools.api.upstreams[1]", "upstreams[0] has the same"),
+        (upstreams("http://a", {"url": "http://a"}), "pools.api.upstreams[1]", "expected each URL once"),
+        (upstreams({"url": "http://a", "id": SECRET}, "http://c", {"url": "http://b", "id": SECRET}), "pools.api.upstreams[2].id", "upstreams[0] is known by the same"),
+        (pool(connect_timeout="0s"), "pools.api.connect_timeout", "above 0s"),
+        (pool(response_timeout="5"), "pools.api.response_timeout", "expected a duration"),
+        (pool(read_timeout=None), "pools.api.read_timeout", "expected a duration"),
+        (pool(idle_timeout="4 s"), "pools.api.idle_timeout", "expected a duration"),
+        (pool(health=SECRET), "pools.api.health", "expected a valid dictionary"),
+        (pool(health={"failures": 0}), "pools.api.health.failures", "expected greater than or equal to 1"),
+        (pool(health={"eject_for": "0s"}), "pools.api.health.eject_for", "above 0s"),
+        (pool(health={"eject_for": SECRET}), "pools.api.health.eject_for", "expected a duration"),
+        (pool(health={"eject_for": "6m"}), "pools.api.health", "expected eject_for within eject_at_most"),
+        (pool(health={"eject_for": "2s", "eject_at_most": "1s"}), "pools.api.health", "expected eject_for within"),
+        ({"routes": SECRET}, "routes", "two brackets"),
+        ({"routes": {"match": SECRET}}, "routes", "two brackets"),
+        (routes(SECRET), "routes[0]", "expected a valid dictionary"),
+        (routes({"match": "/*"}), "routes[0].pool", "expected a value, there is none"),
+        (routes({"pool": "api"}), "routes[0].match", "expected a value, there is none"),
+        (routes({"match": SECRET, "pool": "api"}), "routes[0].match", "expected a pattern"),
+        (routes({"match": None, "pool": "api"}), "routes[0].match", "expected a valid string"),
+        (routes({"match": "/*", "pool": 7}), "routes[0].pool", "expected a valid string"),
+        (routes({"match": "/*", "pool": "apii"}), "routes[0].pool", 'expected the name of a pool; did you mean "api"?'),
+        (routes({"match": "/*", "pool": SECRET}), "routes[0].pool", "expected the name of a pool: api"),
+        ({"routes": [{"match": "/*", "pool": SECRET}]}, "routes[0].pool", "there is none: each is a [pools.NAME]"),
+        (routes({"match": "/a/{x}", "pool": "api"}, {"match": "/a/{y}/", "pool": "api"}), "routes[1].match", "routes[0] is for the same requests"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_told_by_its_path_and_what_was_expected(document: Any, path: str, expected: str) -> None:
@@ -287,6 +733,13 @@ def test_what_is_wrong_between_values_is_told_beside_what_is_wrong_with_one() ->
         ({"response": {"field": SECRET}}, "response.field", "fields"),
         (limit(mach=SECRET), "limits[0].mach", "match"),
         (limit(giveback=SECRET), "limits[0].giveback", "give_back"),
+        ({"pool": {}}, "pool", "pools"),
+        ({"route": []}, "route", "routes"),
+        (listen(adress=SECRET), "listen.adress", "address"),
+        (pool(polciy=SECRET), "pools.api.polciy", "policy"),
+        (pool(health={"failurs": SECRET}), "pools.api.health.failurs", "failures"),
+        (upstreams("http://a", {"url": "http://b", "wieght": SECRET}), "pools.api.upstreams[1].wieght", "weight"),
+        (routes({"match": "/*", "pool": "api", "mtach": SECRET}), "routes[0].mtach", "match"),
     ],
 )
 def test_a_misspelt_key_is_told_with_the_nearest_right_one(document: Any, path: str, near: str) -> None:
@@ -296,7 +749,10 @@ def test_a_misspelt_key_is_told_with_the_nearest_right_one(document: Any, path: 
 @pytest.mark.parametrize(
     ("document", "path", "known"),
     [
-        ({"zzz": SECRET}, "zzz", ["store", "identity", "response", "limits"]),
+        ({"zzz": SECRET}, "zzz", ["store", "identity", "response", "limits", "listen", "pools", "routes"]),
+        (pool(zzz=SECRET), "pools.api.zzz", ["policy", "key", "vnodes", "upstreams"]),
+        (pool(health={"zzz": SECRET}), "pools.api.health.zzz", ["failures", "eject_for", "eject_at_most"]),
+        (upstreams({"url": "http://a", "zzz": SECRET}), "pools.api.upstreams[0].zzz", ["url", "id", "weight"]),
         ({"store": {"zzz": SECRET}}, "store.zzz", ["url", "max_keys", "on_error"]),
         (limit(zzz=SECRET), "limits[0].zzz", ["name", "rate", "match"]),
     ],
@@ -310,7 +766,14 @@ def test_a_key_that_is_near_to_none_is_told_with_all_that_are_known(
 
 @pytest.mark.parametrize("key", ["a\nb", "\x1b[31mred", "a.b", "", "x" * 10_000, "\ud800", 7, (1, 2), None, b"a"])
 def test_no_key_breaks_the_line_or_fills_the_screen(key: Any) -> None:
-    for document in ({key: SECRET}, {"store": {key: SECRET}}, limit() | {key: SECRET}):
+    one = {"upstreams": ["http://a"]}
+    for document in (
+        {key: SECRET},
+        {"store": {key: SECRET}},
+        limit() | {key: SECRET},
+        {"pools": {"api": {**one, key: SECRET}}},
+        {"pools": {key: one}} if key != "a.b" else {"pools": {key: SECRET}},
+    ):
         (problem,) = problems_of(document)
         assert problem.isprintable()
         assert len(problem) < 300
@@ -363,6 +826,30 @@ def test_settings_that_hold_themselves_are_refused() -> None:
     assert problems_of(document)
 
 
+KEYS = [
+    "name",
+    "rate",
+    "match",
+    "key",
+    "url",
+    "user",
+    "header",
+    "limits",
+    "zzz",
+    "pool",
+    "policy",
+    "api",
+    "upstreams",
+    "id",
+    "weight",
+    "vnodes",
+    "health",
+    "eject_for",
+    "address",
+    "max_head",
+    "idle_timeout",
+]
+
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -370,11 +857,11 @@ JSON = st.recursive(
     | st.floats()
     | st.text()
     | st.just(SECRET)
-    | st.sampled_from(["unix", "1/day"]),
+    | st.sampled_from(["unix", "1/day", "ring", "http://a", "/*", "api", "10s", "1KiB"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["name", "rate", "match", "key", "url", "user", "header", "limits", "zzz"]),
+            st.sampled_from(KEYS),
             inner,
             max_size=3,
         )
@@ -383,8 +870,11 @@ JSON = st.recursive(
 )
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.sampled_from(["store", "identity", "limits", "response", "zzz"]), JSON, max_size=3))
+SECTIONS = ["store", "identity", "limits", "response", "listen", "pools", "routes", "zzz"]
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(SECTIONS), JSON, max_size=3))
 def test_no_document_makes_anything_but_settings_or_a_settings_error(document: dict[str, Any]) -> None:
     told = ""
     try:
@@ -480,6 +970,12 @@ def test_the_error_is_a_value_error_of_this_package() -> None:
     assert issubclass(SettingsError, ValueError)
 
 
+def test_a_byte_order_mark_is_told_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "gatekeeper.toml"
+    path.write_text(TOML, encoding="utf-8-sig")
+    assert problems_of(path) == (f"{path}: expected UTF-8 without a byte order mark, and the file begins with one",)
+
+
 # The JSON Schema
 
 TYPES: dict[str, Any] = {
@@ -493,7 +989,7 @@ TYPES: dict[str, Any] = {
 
 KEYWORDS = {
     "$defs", "$ref", "additionalProperties", "anyOf", "const", "default", "description", "enum", "items", "maximum",
-    "minimum", "properties", "required", "title", "type",
+    "minimum", "pattern", "properties", "required", "title", "type",
 }  # fmt: skip
 """The words of JSON Schema that `accepts` understands."""
 
@@ -512,9 +1008,13 @@ def accepts(schema: Any, value: Any, root: Any) -> bool:
         return False
     if kind == "integer":
         return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
+    if kind == "string":
+        return re.search(schema.get("pattern", ""), value) is not None
     if kind == "array":
         return all(accepts(schema["items"], item, root) for item in value)
     if kind == "object":
+        if "properties" not in schema:
+            return all(accepts(schema["additionalProperties"], item, root) for item in value.values())
         known = schema["properties"]
         assert schema["additionalProperties"] is False
         return (
@@ -527,7 +1027,7 @@ def accepts(schema: Any, value: Any, root: Any) -> bool:
 
 def test_the_schema_has_a_description_and_sound_references_everywhere() -> None:
     schema = json.loads(json.dumps(json_schema()))
-    assert set(schema["properties"]) == {"store", "identity", "response", "limits"} == set(Settings.model_fields)
+    assert set(schema["properties"]) == {*SECTIONS} - {"zzz"} == set(Settings.model_fields)
     for model in (schema, *schema["$defs"].values()):
         assert model["type"] == "object"
         assert model["description"]
@@ -548,6 +1048,10 @@ def test_the_schema_has_a_description_and_sound_references_everywhere() -> None:
         limit(),
         limit(key="user", match="/api/*", give_back="5xx"),
         {"identity": {"trusted_proxies": "unix", "user": "json:dumps"}},
+        listen(max_head="64KiB", least_rate=0, drain_timeout="0s"),
+        pool(upstreams="http://a"),
+        upstreams("http://a", {"url": "http://b", "id": "b"}),
+        routes({"match": "/*", "pool": "api"}),
     ],
 )
 def test_a_right_document_passes_the_schema_and_the_settings(document: dict[str, Any]) -> None:
@@ -573,6 +1077,22 @@ def test_a_right_document_passes_the_schema_and_the_settings(document: dict[str,
         limit(rate=5),
         limit(on_error="panic"),
         limit(preflights="maybe"),
+        listen(head_timeout=10),
+        listen(head_timeout="10"),
+        listen(max_head=0),
+        listen(max_head="32kb"),
+        listen(forwarded="all"),
+        {"pools": []},
+        {"pools": {"api": {}}},
+        pool(zzz=1),
+        pool(policy=7),
+        pool(upstreams=7),
+        upstreams(7),
+        upstreams({}),
+        upstreams({"url": "http://a", "weight": 0}),
+        pool(health={"failures": "3"}),
+        routes({"match": "/*"}),
+        routes("/*"),
     ],
 )
 def test_a_wrong_document_passes_neither_the_schema_nor_the_settings(document: Any) -> None:

@@ -62,9 +62,13 @@ class Pattern:
 
     `path` is the normalised text; `exact` tells that it holds no variable part, so that a look-up decides. The
     path of `/api/*` covers `/api` as well.
+
+    `rank` orders patterns by how specific they are, the greatest first: an exact path before a variable one, the
+    longer literal beginning, a host before a wildcard before none, methods before none. `/api/{name}` is before
+    `/api/*`, whose beginning is `/api`. `meaning` is equal for patterns of the same requests.
     """
 
-    __slots__ = ("_host", "_path", "exact", "first", "host", "methods", "path", "text")
+    __slots__ = ("_path", "exact", "first", "host", "meaning", "methods", "path", "rank", "text")
 
     def __init__(self, text: str) -> None:
         words = text.split() if isinstance(text, str) and len(text) <= 1024 else []
@@ -84,6 +88,16 @@ class Pattern:
         first = self.path.split("/")[1]
         # The first segment, where it is literal, sorts a table's patterns into drawers.
         self.first = None if re.search(r"[{}*]", first) else first
+        self.meaning = (self.methods, self.host, _PART.sub(r"{\2}", self.path))
+        literal = re.split(r"\{|/\*", self.path, maxsplit=1)[0]
+        wildcard = self.host is not None and self.host.startswith("*.")
+        self.rank = (
+            self.exact,
+            len(literal),
+            0 if self.host is None else 1 if wildcard else 2,
+            len(self.host or ""),  # of two wildcards that cover a host the longer is the narrower
+            self.methods is not None,
+        )
 
     def covers(self, method: str, host: str, path: str) -> bool:
         """Whether a request is meant; `host` from `host_of`, `path` as it came or normalised."""
@@ -202,3 +216,42 @@ class Table(Generic[T]):
             for place, pattern, thing in self._open.get(drawer, ()):
                 if pattern is None or pattern.covers(method, host, path):
                     found[place] = thing
+
+
+class Router(Generic[T]):
+    """Things by pattern, and of those that a request matches the one whose pattern is most specific.
+
+    Where two are as specific (see `Pattern.rank`) the first in the order given is taken. It goes by the normalised
+    path alone, for that is what a gateway forwards. Exact paths are one look-up; the others are tried only if
+    their first segment is the request's.
+    """
+
+    __slots__ = ("_exact", "_hosts", "_open", "_rest")
+
+    def __init__(self, entries: Iterable[tuple[Pattern, T]]) -> None:
+        # Sorting keeps the order of those that are as specific, with reverse=True too.
+        ranked = sorted(entries, key=lambda entry: entry[0].rank, reverse=True)
+        self._hosts = any(pattern.host is not None for pattern, _ in ranked)
+        self._exact: dict[str, list[tuple[Pattern, T]]] = {}
+        for entry in ranked:
+            if entry[0].exact:
+                self._exact.setdefault(entry[0].path, []).append(entry)
+        variable = [entry for entry in ranked if not entry[0].exact]
+        self._rest = [entry for entry in variable if entry[0].first is None]
+        self._open = {
+            first: [entry for entry in variable if entry[0].first in (first, None)]
+            for first in {pattern.first for pattern, _ in variable} - {None}
+        }
+
+    def find(self, request: Request) -> T | None:
+        """The thing, None if no pattern covers the request."""
+        path = normalise(request.path)
+        host = host_of(request.field("host")) if self._hosts else ""
+        method = request.method
+        for pattern, thing in self._exact.get(path, ()):
+            if pattern.covers(method, host, path):
+                return thing
+        for pattern, thing in self._open.get(path[1:].partition("/")[0], self._rest):
+            if pattern.covers(method, host, path):
+                return thing
+        return None

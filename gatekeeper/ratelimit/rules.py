@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Sequence
-from typing import Final, Literal, Protocol, TypeAlias
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final, Literal, TypeAlias
 
 from gatekeeper.errors import GatekeeperError
 from gatekeeper.http.fields import quoted
-from gatekeeper.http.message import Request
-from gatekeeper.http.routes import Pattern, host_of
+from gatekeeper.http.parts import Part, PartError, Subject, part
+from gatekeeper.http.routes import Pattern
 from gatekeeper.ratelimit.algorithms import ALGORITHMS, Algorithm, bind
 from gatekeeper.ratelimit.rates import Rate
 
@@ -20,27 +20,8 @@ OnError: TypeAlias = Literal["local", "allow", "deny"]
 LONGEST_KEY: Final = 128
 
 
-class Subject(Request, Protocol):
-    """What a key is made of: a request whose client is known. (A gate's Ticket is one.)"""
-
-    @property
-    def address(self) -> str: ...
-
-    @property
-    def user(self) -> str | None: ...
-
-
-KeyPart: TypeAlias = Callable[[Subject, "Rule"], str | None]
-
-KEYS: Final[dict[str, KeyPart]] = {
-    "ip": lambda subject, rule: subject.address,
-    "user": lambda subject, rule: subject.user,
-    "route": lambda subject, rule: rule.route,
-    "method": lambda subject, rule: subject.method,
-    "host": lambda subject, rule: host_of(subject.field("host")),
-    "global": lambda subject, rule: "",
-}
-"""The parts of a key by name; besides them there is "header:NAME".
+KEYS: Final = ("ip", "user", "route", "method", "host", "global")
+"""The parts of a key by name; besides them there are "header:NAME" and "cookie:NAME".
 
 A request that lacks a part (no user, no such field) is counted by its address in its place, so that nobody
 escapes a limit by leaving something out.
@@ -51,15 +32,19 @@ class KeyPartError(GatekeeperError, ValueError):
     """The text names no part of a key."""
 
 
-def key_part(text: str) -> KeyPart:
-    """Raises KeyPartError for an unknown name."""
-    if text in KEYS:
-        return KEYS[text]
-    kind, _, name = text.partition(":")
-    if kind == "header" and re.fullmatch("[A-Za-z0-9-]{1,64}", name):
-        field = name.lower()
-        return lambda subject, rule: subject.field(field) or None
-    raise KeyPartError(f"expected {', '.join(KEYS)} or header:NAME")
+def key_part(text: str, route: str = "*") -> Part:
+    """What reads a part of a key from a request; `route` is what "route" stands for.
+
+    Raises KeyPartError for an unknown name.
+    """
+    if text == "route":
+        return lambda subject: route
+    if text == "global":
+        return lambda subject: ""
+    if text in KEYS or text.startswith(("header:", "cookie:")):
+        with suppress(PartError):
+            return part(text)
+    raise KeyPartError(f"expected {', '.join(KEYS)}, header:NAME or cookie:NAME")
 
 
 def bounded(key: str) -> str:
@@ -145,7 +130,7 @@ class Rule:
         self.preflights = preflights
         self.needs_user = "user" in keys
         self.is_special = self.needs_user or bool(gives_back)
-        self._parts = tuple(key_part(text) for text in keys)
+        self._parts = tuple(key_part(text, self.route) for text in keys)
         # The usual key, for which `key` need not be called.
         self.by_address = tuple(keys) == ("ip",)
         limits = []
@@ -162,12 +147,12 @@ class Rule:
         if self.by_address:
             return subject.address
         if len(self._parts) == 1:
-            value = self._parts[0](subject, self)
+            value = self._parts[0](subject)
             # What stands in for a missing part is marked, so that no value can be mistaken for an address.
             return f"@{subject.address}" if value is None else bounded(f"={value}")
         key = ""
-        for part in self._parts:
-            value = part(subject, self)
+        for read in self._parts:
+            value = read(subject)
             # The length before each part: ("a/b", "c") and ("a", "b/c") are two keys.
             key += f"@{subject.address}|" if value is None else f"{len(value)}={value}|"
         return bounded(key)

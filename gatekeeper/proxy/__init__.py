@@ -1,0 +1,1 @@
+"""The gateway's data plane: bytes between clients and upstreams."""

@@ -1,0 +1,519 @@
+"""One request's way from a client to an upstream, and of the response back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from random import random
+from typing import TYPE_CHECKING, Final
+
+from gatekeeper.commands import arun, run
+from gatekeeper.gate import Ticket
+from gatekeeper.proxy.answers import own_answer, own_head
+from gatekeeper.proxy.connections import HIGH_WATER, UpstreamConnection
+from gatekeeper.proxy.wire import (
+    CHUNKED,
+    LAST_CHUNK,
+    LONGEST_RESPONSE_HEAD,
+    UNTIL_CLOSE,
+    Body,
+    ResponseHead,
+    WireError,
+    WireRequest,
+    chunk,
+    request_body,
+    response_body,
+)
+from gatekeeper.upstreams.retry import may_repeat
+
+if TYPE_CHECKING:
+    from gatekeeper.gate import Destination
+    from gatekeeper.proxy.listener import ClientConnection, Front
+    from gatekeeper.upstreams.pool import Upstream
+
+CLIENT_LEFT: Final = 499
+"""The status in logs of a request whose client left, as nginx writes it."""
+
+_MOST_INTERIM: Final = 32
+_RETRY_AFTER: Final = 1
+_SENDS_BODY: Final = frozenset(["POST", "PUT", "PATCH"])
+
+
+class Exchange(WireRequest, Ticket):
+    """One request and its response; the ticket of the request, too.
+
+    Events come from the client's connection (`more`, `client_full`, `client_left`, `expired`) and from the
+    upstream's (`answer_received`, `upstream_full`, `upstream_lost`). It ends exactly once, in `_end`.
+    """
+
+    front: Front
+    destination: Destination | None = None
+    candidates: Iterator[Upstream]
+    upstream: Upstream | None = None
+    term: int = 0  # of its health, when it was turned to
+    connection: UpstreamConnection | None = None
+    task: asyncio.Task[None] | None = None
+    body: Body  # the request's, as it comes in
+    pending: bytes = b""  # of it, as it goes on, until there is a connection
+    is_forwarded: bool = False  # the whole request was handed to the upstream's connection
+    body_taken: bool = False  # some of the body was
+    arrived: int = 0  # bytes of it
+    mark: int = 0  # how many bytes had moved when progress was looked at last
+    head: ResponseHead | None = None
+    answer: Body | None = None  # the response's, as it comes in
+    partial: bytes = b""  # of the response's head
+    in_chunks: bool = False  # how the response goes out
+    interim: int = 0
+    has_repeated: bool = False
+    timed_out: bool = False
+    keeps: bool = True  # the client's connection goes on after this
+    moved: int = 0  # bytes of the response's body
+    is_over: bool = False
+    started: float = 0.0
+
+    def __init__(self, client: ClientConnection, front: Front) -> None:
+        self.client = client
+        self.front = front
+        self.peer = client.peer
+
+    # From the client
+
+    def begin(self, data: bytes) -> None:
+        """The head was read; `data` is what came behind it."""
+        front = self.front
+        if front.access_log is not None:
+            self.started = time.monotonic()
+        self.body = request_body(self.length)
+        if self.length > front.max_body:
+            self._own(413)
+            return
+        if data:
+            self.more(data)
+        if self.is_over:
+            return
+        if front.awaits:
+            self.task = front.loop.create_task(self._admit())
+            return
+        try:
+            self.refused = front.gate.admit_at_once(self, front.ask)
+        except Exception:
+            self._failed()
+            return
+        self._admitted()
+
+    async def _admit(self) -> None:
+        try:
+            refused = await arun(self.front.gate.admit(self), self.front.aask)
+        except Exception:
+            self._failed()
+            return
+        self.task = None
+        if not self.is_over:
+            self.refused = refused
+            self._admitted()
+
+    def _failed(self) -> None:
+        """A function of the settings raised: nobody passes who was not decided upon."""
+        self.front.log.exception("%s: the request could not be decided", self.method)
+        if not self.is_over:
+            self._own(500)
+
+    def more(self, data: bytes) -> None:
+        """Bytes of the request behind its head."""
+        body = self.body
+        if body.is_done or self.head is not None:
+            body.rest += data  # the next request; or a body that nobody waits for
+            self.client.hold(FULL, len(body.rest) > HIGH_WATER)
+            return
+        try:
+            piece = body.take(data)
+        except WireError as error:
+            self._own(error.status)
+            return
+        self.arrived += len(piece)
+        if self.arrived + body.left > self.front.max_body:
+            self._own(413)
+            return
+        is_done = self.body.is_done
+        out = piece if self.length != CHUNKED else chunk(piece) + LAST_CHUNK if is_done else chunk(piece)
+        connection = self.connection
+        if connection is None:
+            self.pending += out
+            self.client.hold(UNSENT, len(self.pending) > HIGH_WATER)
+        elif out:
+            self.body_taken = True
+            connection.transport.write(out)
+        if is_done and connection is not None:
+            self._forwarded()
+
+    def client_full(self, is_full: bool) -> None:
+        """Whether the client takes no more for now."""
+        if self.connection is not None and self.connection.is_open:
+            transport = self.connection.transport
+            (transport.pause_reading if is_full else transport.resume_reading)()
+
+    def client_left(self) -> None:
+        """The client is gone. What was asked for it is given up, at whatever point it is."""
+        self._end(CLIENT_LEFT)
+
+    def expired(self) -> None:
+        """The client's deadline came while this was on its way."""
+        front = self.front
+        if self.head is not None:
+            # Of the response: whom we wait for is who must have moved.
+            if self.client.is_full:
+                if self.client.drained(front.least_rate * front.body_timeout):
+                    self.client.wait(front.body_timeout)
+                else:
+                    self._end(CLIENT_LEFT)
+            elif self.moved > self.mark:
+                self.mark = self.moved
+                self.client.wait(self._read_timeout)
+            else:
+                self._break()
+        elif self.connection is not None and self.is_forwarded:
+            self.timed_out = True
+            self._report(False)
+            self._own(504, error="http_response_timeout")
+        elif self.body.is_done or self.client.is_held:
+            # The upstream does not take the body, or there is none to take it.
+            self._report(False)
+            self._own(504, error="http_response_timeout")
+        elif self.arrived - self.mark > max(0, front.least_rate * front.body_timeout - 1):
+            self.mark = self.arrived
+            self.client.wait(front.body_timeout)
+        else:
+            self._own(408)
+
+    # Onwards
+
+    def _admitted(self) -> None:
+        front = self.front
+        if self.refused:
+            refusal = front.gate.refusal(self)
+            self._answer(refusal.status, refusal.fields, refusal.body)
+            return
+        status = self._objection()
+        if status:
+            self._own(status)
+            return
+        if self.target == b"*" or (self.method == "OPTIONS" and self.max_forwards == b"0"):
+            self._answer(204, [(b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")], b"")
+            return
+        destination = front.gate.route(self)
+        if destination is None:
+            self._own(404)
+            return
+        if self.readings and not front.gate.reads_alike(self, self.readings):
+            self._own(400)
+            return
+        self.destination = destination
+        self.candidates = front.gate.choose(self, destination, front.now_ns(), random())  # noqa: S311  # no secret
+        self._next()
+
+    def _objection(self) -> int:
+        if self.method == "CONNECT" or self.method == "TRACE":
+            return 405
+        if self.via and any(self.front.pseudonym in value for value in self.via):
+            return 508
+        return 0
+
+    def _next(self) -> None:
+        """Turn to the next upstream in the order of preference."""
+        upstream = next(self.candidates, None)
+        if upstream is None:
+            if self.timed_out:
+                self._own(504, error="connection_timeout")
+            else:
+                self._own(503, error="destination_unavailable", retry=_RETRY_AFTER)
+            return
+        self._turn_to(upstream, fresh=False)
+
+    def _turn_to(self, upstream: Upstream, *, fresh: bool) -> None:
+        assert self.destination is not None
+        self.upstream = upstream
+        self.term = self.destination.pool.take(upstream, self.front.now_ns())
+        connection = None if fresh else self.front.connections.kept(upstream)
+        if connection is not None:
+            self._send(connection)
+        else:
+            self.task = self.front.loop.create_task(self._connect(upstream))
+
+    async def _connect(self, upstream: Upstream) -> None:
+        assert self.destination is not None
+        try:
+            connection = await self.front.connections.connect(upstream, self.destination.connect_timeout)
+        except OSError as error:
+            self.task = None
+            if self.is_over:
+                return
+            self.timed_out = isinstance(error, TimeoutError)
+            self._report(False)
+            self._let_go()
+            self._next()
+            return
+        self.task = None
+        if self.is_over:
+            connection.close()
+        else:
+            self._send(connection)
+
+    def _send(self, connection: UpstreamConnection) -> None:
+        """Hand over the request, as far as it is here."""
+        self.connection = connection
+        connection.exchange = self
+        upstream = connection.upstream
+        lines = [
+            b"%b %b HTTP/1.1" % (self.verb, self.target),
+            b"Host: " + (self.host if self.host is not None else upstream.authority),
+            *self.lines,
+        ]
+        if self.expects and self.length:
+            lines.append(b"Expect: 100-continue")
+        lines += self.client.told(self)
+        lines.append(self.front.via)
+        if self.length:
+            lines.append(
+                b"Transfer-Encoding: chunked" if self.length == CHUNKED else b"Content-Length: %d" % self.length
+            )
+        elif self.method in _SENDS_BODY:
+            lines.append(b"Content-Length: 0")
+        lines += (b"", self.pending)
+        connection.transport.write(b"\r\n".join(lines))
+        if self.pending:
+            self.body_taken = True
+            self.pending = b""
+            self.client.hold(UNSENT, False)
+        if self.body.is_done:
+            self._forwarded()
+        else:
+            self.mark = self.arrived
+            self.client.wait(self.front.body_timeout)
+
+    def _forwarded(self) -> None:
+        self.is_forwarded = True
+        assert self.destination is not None
+        self.client.wait(self.destination.response_timeout)
+
+    # From the upstream
+
+    def answer_received(self, data: bytes) -> None:
+        if self.answer is not None:
+            self._go_on(self.answer, data)
+            return
+        if self.partial:
+            data, self.partial = self.partial + data, b""
+        while True:
+            end = data.find(b"\r\n\r\n")
+            if (len(data) if end < 0 else end) > LONGEST_RESPONSE_HEAD:
+                self._bad("http_response_header_section_size")
+                return
+            if end < 0:
+                self.partial = data
+                return
+            try:
+                head = ResponseHead(data[:end], self.method)
+            except WireError:
+                self._bad("http_protocol_error")
+                return
+            data = data[end + 4 :]
+            if head.status >= 200:
+                self._begin_answer(head, data)
+                return
+            self.interim += 1
+            # We have asked for no other protocol, so nobody may switch to one.
+            if head.status == 101 or self.interim > _MOST_INTERIM:
+                self._bad("http_upgrade_failed" if head.status == 101 else "http_protocol_error")
+                return
+            if not self.is_old:
+                self.client.write(b"\r\n".join([b"HTTP/1.1 " + head.reason, *head.lines, b"", b""]))
+            if not data:
+                return
+
+    def _begin_answer(self, head: ResponseHead, data: bytes) -> None:
+        self.head = head
+        self.sent = head.status
+        client = self.client
+        answer = self.answer = response_body(head.length)
+        # An answer before the end of an upload ends the upload: the client is to read it, and not to go on.
+        self.keeps = self.keeps_alive and self.body.is_done and not client.is_last
+        lines = [b"HTTP/1.1 " + head.reason, *head.lines]
+        for name, value in self.front.gate.respond(self):
+            lines.append(name + b": " + value)
+        if head.length >= 0:
+            told = head.told if self.method == "HEAD" or head.status == 304 else head.length
+            if told is not None and head.status != 204:
+                lines.append(b"Content-Length: %d" % told)
+        elif self.is_old:
+            self.keeps = False
+        else:
+            self.in_chunks = True
+            lines.append(b"Transfer-Encoding: chunked")
+        if not self.keeps:
+            lines.append(b"Connection: close")
+        elif self.is_old:
+            lines.append(b"Connection: keep-alive")
+        if not head.length:
+            answer.rest = data
+            lines += (b"", b"")
+            client.write(b"\r\n".join(lines))
+            self._end(head.status, ended=True)
+            return
+        try:
+            piece = answer.take(data) if data else b""
+        except WireError:
+            self.head, self.answer, self.sent = None, None, 0
+            self._bad("http_protocol_error")
+            return
+        self.moved = len(piece)
+        if self.in_chunks:
+            piece = chunk(piece) + LAST_CHUNK if answer.is_done else chunk(piece)
+        lines += (b"", piece)
+        client.write(b"\r\n".join(lines))
+        if answer.is_done:
+            self._end(head.status, ended=True)
+        else:
+            self.mark = self.moved
+            client.wait(self._read_timeout)
+
+    def _go_on(self, answer: Body, data: bytes) -> None:
+        assert self.head is not None
+        try:
+            piece = answer.take(data)
+        except WireError:
+            self._break()
+            return
+        self.moved += len(piece)
+        client = self.client
+        if self.in_chunks:
+            if piece:
+                client.write_all(
+                    (b"%x\r\n" % len(piece), piece, b"\r\n" if not answer.is_done else b"\r\n" + LAST_CHUNK)
+                )
+            elif answer.is_done:
+                client.write(LAST_CHUNK)
+        elif piece:
+            client.write(piece)
+        if answer.is_done:
+            self._end(self.head.status, ended=True)
+
+    def upstream_full(self, is_full: bool) -> None:
+        self.client.hold(UPSTREAM, is_full)
+
+    def upstream_lost(self, error: Exception | None) -> None:
+        connection, self.connection = self.connection, None
+        assert connection is not None
+        assert self.upstream is not None
+        if self.head is not None:
+            if self.head.length == UNTIL_CLOSE and error is None:
+                if self.in_chunks:
+                    self.client.write(LAST_CHUNK)
+                self._end(self.head.status, ended=True)
+            else:
+                self._break()
+            return
+        upstream = self.upstream
+        silent = not self.partial and not self.interim
+        self.client.hold(UPSTREAM, False)
+        if not self.has_repeated and silent and not self.body_taken and may_repeat(self.verb.decode("ascii")):
+            self.has_repeated = True
+            if not connection.is_reused:
+                self._report(False)
+            self._let_go()
+            self.is_forwarded = False
+            if connection.is_reused:
+                # Most likely it closed an idle connection as we took it, which says nothing of its health.
+                self._turn_to(upstream, fresh=True)
+            else:
+                self._next()
+            return
+        self._bad("connection_terminated")
+
+    # The end
+
+    @property
+    def _read_timeout(self) -> float:
+        assert self.destination is not None
+        return self.destination.read_timeout
+
+    def _report(self, success: bool) -> None:
+        if self.upstream is not None and self.destination is not None:
+            self.front.report(self.destination, self.upstream, success, self.term)
+
+    def _let_go(self) -> None:
+        if self.upstream is not None and self.destination is not None:
+            self.destination.pool.release(self.upstream)
+            self.upstream = None
+
+    def _bad(self, error: str) -> None:
+        """The upstream answered, and not by the rules; or broke off before it did."""
+        self._report(False)
+        self._own(502, error=error)
+
+    def _break(self) -> None:
+        """A response that has begun cannot be brought to its end: it must not look as if it were whole."""
+        self._report(False)
+        self.sent = 502
+        self.client.reset()
+        self._end(502)
+
+    def _own(self, status: int, *, error: str | None = None, retry: int | None = None) -> None:
+        fields, body = own_answer(status, self.field("accept"), error=error, retry=retry)
+        if status in (400, 405):
+            self.keeps = False
+        if self.hits:
+            fields += self.front.gate.respond(self)
+        self._answer(status, fields, body)
+
+    def _answer(self, status: int, fields: list[tuple[bytes, bytes]], body: bytes) -> None:
+        self.sent = status
+        self.keeps = self.keeps and self.keeps_alive and self.body.is_done and not self.client.is_last
+        head = own_head(status, fields, closes=not self.keeps, is_old=self.is_old)
+        self.client.write(head if self.method == "HEAD" else head + body)
+        self._end(status, ended=True)
+
+    def _end(self, status: int, *, ended: bool = False) -> None:
+        """Exactly once: give back what was lent, charge by the outcome, let the client go on."""
+        if self.is_over:
+            return
+        self.is_over = True
+        if self.task is not None:
+            self.task.cancel()
+            self.task = None
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            answer = self.answer
+            if ended and self.is_forwarded and answer is not None and answer.is_done and self._may_keep(answer):
+                self._report(True)
+                assert self.destination is not None
+                self.front.connections.keep(connection, self.destination.idle_timeout)
+            else:
+                if ended and self.head is not None:
+                    self._report(True)
+                connection.close()
+        self._let_go()
+        if self.is_open:
+            self.ended = ended
+            self._finish()
+        front = self.front
+        if front.access_log is not None:
+            front.access_log(self, status)
+        front.count(status)
+        self.client.done(self)
+        self.native = None
+
+    def _may_keep(self, answer: Body) -> bool:
+        assert self.head is not None
+        return self.head.keeps_alive and not answer.rest and self.head.length != UNTIL_CLOSE
+
+    def _finish(self) -> None:
+        steps = self.front.gate.finish(self)
+        if self.front.awaits:
+            self.front.later(arun(steps, self.front.aask))
+        else:
+            run(steps, self.front.ask)
+
+
+UNSENT, UPSTREAM, FULL = 1, 2, 4
+"""Why a client is not read for now: its body cannot go on yet; the upstream is full; the next request waits."""

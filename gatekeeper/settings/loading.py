@@ -1,0 +1,305 @@
+"""Settings from mappings and files.
+
+All errors are reported together, a line each: the path, what was expected, a near match for a misspelt key. The
+value is never shown, for it may be a secret.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from gatekeeper.errors import SettingsError
+from gatekeeper.http.routes import Pattern, PatternError
+from gatekeeper.ratelimit.rates import RateError, parse_rates
+from gatekeeper.settings.schema import MOST_VNODES, MOST_WEIGHT, HealthSettings, Settings, as_list
+from gatekeeper.settings.values import Duration, parse_upstream, upstream_url
+from gatekeeper.upstreams.policies import POLICIES
+
+MOST_PROBLEMS: Final = 1000
+"""So many are reported by a line each; of more only the number is."""
+
+MOST_POINTS: Final = 1_000_000
+"""The greatest ring of a pool. A point takes some tens of bytes, and about a microsecond at the start."""
+
+GREATEST_FILE: Final = 4 * 1024 * 1024
+"""The greatest settings file, in bytes."""
+
+
+def _misfits(document: Mapping[str, Any]) -> list[str]:
+    """What is wrong between values, each of which may be right by itself. They are not yet checked."""
+    pools = document.get("pools")
+    pools = pools if isinstance(pools, Mapping) else {}
+    problems = _misfit_limits(document.get("limits"))
+    for name, pool in pools.items():
+        if isinstance(pool, Mapping):
+            problems += [f"pools.{_shown(name)}{problem}" for problem in _misfit_pool(pool)]
+    return [*problems, *_misfit_routes(document.get("routes"), pools)]
+
+
+def _listed(value: object) -> Sequence[object]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _tables(value: object) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The tables of what should be a list of them, with their places."""
+    for place, table in enumerate(_listed(value)):
+        if isinstance(table, Mapping):
+            yield place, table
+
+
+def _misfit_limits(limits: object) -> list[str]:
+    """What is wrong between the values of rules."""
+    problems: list[str] = []
+    told: dict[str, int] = {}
+    for place, limit in _tables(limits):
+        name, burst, cost = limit.get("name"), limit.get("burst"), limit.get("cost", 1)
+        texts = as_list(limit.get("rate"))
+        try:
+            rates = parse_rates(";".join(texts))  # type: ignore[arg-type]  # what is none of strings is a TypeError
+        except (TypeError, RateError):
+            rates = ()
+        path = f"limits[{place}]"
+        if burst is not None and limit.get("algorithm") not in (None, "gcra"):
+            problems.append(f"{path}: a burst goes with gcra alone")
+        if burst is not None and len(rates) > 1:
+            problems.append(f"{path}: expected one rate beside a burst: it is the capacity of one bucket")
+        rooms = [rate.amount for rate in rates] if burst is None else [burst or cost]
+        if type(cost) is int and any(type(room) is int and cost > room for room in rooms):
+            problems.append(
+                f"{path}: expected a cost within the rate (or the burst): else no request could ever pass"
+            )
+        if isinstance(name, str):
+            # As clients are told them: a rule of several rates has a name for each.
+            for shown in [name] if len(rates) < 2 else [f"{name}-{rate.period}s" for rate in rates]:
+                other = told.setdefault(shown, place)
+                if other != place:
+                    problems.append(f"{path}.name: expected a name of its own; limits[{other}] is told by the same")
+    return problems
+
+
+_EJECTION: Final = {key: HealthSettings.model_fields[key].default for key in ("eject_for", "eject_at_most")}
+
+
+def _misfit_pool(pool: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between the values of a pool. Each line begins with the path below the pool."""
+    policy = pool.get("policy", "least_connections")
+    is_keyless = policy in [name for name in POLICIES if name != "ring"]
+    if is_keyless and "key" in pool:
+        yield ".key: goes with the policy ring (or one of your own) alone"
+    is_own = callable(policy) or (isinstance(policy, str) and ":" in policy)
+    if (is_keyless or is_own) and "vnodes" in pool:
+        yield ".vnodes: goes with the policy ring alone"
+    health = pool.get("health")
+    if isinstance(health, Mapping):
+        try:
+            first, most = (Duration().read(health.get(key, default)) for key, default in _EJECTION.items())
+        except ValueError:
+            first = most = 0
+        if first > most:
+            yield f".health: expected eject_for within eject_at_most ({_EJECTION['eject_at_most']} unless given)"
+    upstreams = as_list(pool.get("upstreams"))
+    if policy == "ring" and _points(upstreams, pool.get("vnodes", 160)) > MOST_POINTS:
+        yield f": expected at most {MOST_POINTS} points on the ring, of which each unit of weight has vnodes"
+    told: dict[str, tuple[int, bool]] = {}
+    for place, upstream in enumerate(_listed(upstreams)):
+        known, has_id = _known_by(upstream)
+        if known is None:
+            continue
+        other, other_has_id = told.setdefault(known, (place, has_id))
+        if other != place:
+            path = f".upstreams[{place}]"
+            if has_id or other_has_id:
+                yield f"{path}.id: expected an id of its own; upstreams[{other}] is known by the same"
+            else:
+                yield f"{path}: expected each URL once, or with an id of its own; upstreams[{other}] has the same"
+
+
+def _points(upstreams: object, vnodes: object) -> int:
+    """The points of a ring; what is out of its bounds counts for nothing, for it is told already."""
+    weights = [one.get("weight", 1) if isinstance(one, Mapping) else 1 for one in _listed(upstreams)]
+    total = sum(weight for weight in weights if type(weight) is int and 0 < weight <= MOST_WEIGHT)
+    return total * vnodes if type(vnodes) is int and vnodes <= MOST_VNODES else 0
+
+
+def _known_by(upstream: object) -> tuple[str | None, bool]:
+    """The id of an upstream, None if that is wrong, and whether it was given."""
+    url: object = upstream
+    if isinstance(upstream, Mapping):
+        known, url = upstream.get("id"), upstream.get("url")
+        if known is not None:
+            return (known if isinstance(known, str) else None), True
+    try:
+        return upstream_url(parse_upstream(url)), False
+    except ValueError:
+        return None, False
+
+
+def _misfit_routes(routes: object, pools: Mapping[Any, Any]) -> Iterator[str]:
+    """What is wrong between routes, and between them and the pools."""
+    told: dict[object, int] = {}
+    names = [name for name in pools if isinstance(name, str)]
+    for place, route in _tables(routes):
+        path = f"routes[{place}]"
+        pool = route.get("pool")
+        if isinstance(pool, str) and pool not in pools:
+            near = difflib.get_close_matches(pool[:64], names, n=1)
+            if near:
+                hint = f"; did you mean {json.dumps(near[0])}?"
+            elif names:
+                hint = f": {', '.join(_shown(name) for name in names[:10])}{', …' if len(names) > 10 else ''}"
+            else:
+                hint = "; there is none: each is a [pools.NAME]"
+            yield f"{path}.pool: expected the name of a pool{hint}"
+        try:
+            pattern = Pattern(route.get("match"))  # type: ignore[arg-type]  # what is no text is a PatternError
+        except PatternError:
+            continue
+        other = told.setdefault(pattern.meaning, place)
+        if other != place:
+            yield f"{path}.match: expected a pattern of its own; routes[{other}] is for the same requests"
+
+
+def load_settings(source: Settings | Mapping[str, Any] | str | Path) -> Settings:
+    """Settings from a mapping or from the path of a TOML file. Raises SettingsError with all that is wrong."""
+    if isinstance(source, Settings):
+        return source
+    if isinstance(source, str | Path):
+        return _load_file(Path(source))
+    if not isinstance(source, Mapping):
+        raise SettingsError([f"expected a mapping, or the path of a TOML file, and not {type(source).__name__}"])
+    return _validate(source, "")
+
+
+def _load_file(path: Path) -> Settings:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(GREATEST_FILE + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise SettingsError([f"{path}: {reason}"]) from None
+    if len(raw) > GREATEST_FILE:
+        raise SettingsError([f"{path}: expected at most {GREATEST_FILE} bytes"])
+    if raw.startswith(codecs.BOM_UTF8):
+        raise SettingsError([f"{path}: expected UTF-8 without a byte order mark, and the file begins with one"])
+    try:
+        document = tomllib.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise SettingsError([f"{path}: expected UTF-8 (line {line})"]) from None
+    except tomllib.TOMLDecodeError as error:
+        # The message quotes at most one character of the text.
+        raise SettingsError([f"{path}: expected TOML: {error}"]) from None
+    except RecursionError:
+        raise SettingsError([f"{path}: expected TOML that is not nested so deep"]) from None
+    except ValueError:
+        raise SettingsError([f"{path}: expected TOML with smaller numbers"]) from None
+    return _validate(document, f"{path}: ")
+
+
+def _validate(document: Mapping[str, Any], prefix: str) -> Settings:
+    settings, problems = None, []
+    try:
+        settings = Settings.model_validate(dict(document))
+    except ValidationError as error:
+        problems = [_line(found, document) for found in error.errors(include_url=False, include_input=False)]
+    except RecursionError:
+        problems = ["expected settings that are not nested so deep"]
+    problems += _misfits(document)
+    if settings is not None and not problems:
+        return settings
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
+    raise SettingsError([prefix + problem for problem in problems])
+
+
+def _line(error: Any, document: Mapping[str, Any]) -> str:
+    parts = _place(error["loc"], document)
+    path = ""
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if path else _shown(part)
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        known = _keys_at(parts[:-1])
+        near = difflib.get_close_matches(str(parts[-1]), known, n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else f"; expected {', '.join(known)}" if known else ""
+        return f"{path}: unknown key{hint}"
+    if kind == "missing":
+        return f"{path}: expected a value, there is none"
+    if kind in ("list_type", "dict_type", "model_type") and (wanted := _WANTED.get((*parts[:1], len(parts)))):
+        return f"{path}: expected {wanted}"
+    if kind == "list_type":
+        return f"{path}: expected a string, or a list of strings"
+    message = error["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^Input should be", "expected", message)
+    return f"{path}: {message}" if path else message
+
+
+_WANTED: Final[dict[tuple[object, ...], str]] = {
+    ("limits", 1): "rules, each under a [[limits]] of its own (two brackets)",
+    ("routes", 1): "routes, each under a [[routes]] of its own (two brackets)",
+    ("pools", 1): "pools, each under a [pools.NAME] of its own",
+    ("pools", 2): "a pool, under a [pools.NAME] of its own",
+}
+"""What should be where a table or a list of them is neither, by the first key and the length of the path."""
+
+
+def _place(location: tuple[int | str, ...], document: Mapping[str, Any]) -> list[int | str]:
+    """Where in a document an error is: without the words of pydantic, and no deeper than the text that is there."""
+    parts: list[int | str] = []
+    value: object = document
+    for part in location:
+        if isinstance(value, str):  # "…" for ["…"], or a URL for a table with it
+            break
+        if isinstance(part, str) and (part == "[key]" or part.startswith(("function-", "constrained-"))):
+            continue
+        parts.append(part)
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list | tuple) and isinstance(part, int):
+            value = value[part]
+    return parts
+
+
+def _shown(key: object) -> str:
+    text = str(key)
+    return text if re.fullmatch(r"[\w-]{1,64}", text) else json.dumps(text[:64])
+
+
+def _keys_at(path: list[int | str]) -> list[str]:
+    """The keys that the schema knows at a path; none where it knows no table."""
+    kind: Any = Settings
+    for part in path:
+        if isinstance(part, int):
+            kind = next(iter(get_args(kind)), None)  # what the list is of
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+            kind = kind.model_fields[part].annotation
+        else:
+            return []
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def warnings(settings: Settings) -> list[str]:
+    """What is odd about settings that are right, a line each."""
+    found = []
+    if settings.identity.user is None:
+        keyed = [f"limits[{place}]" for place, limit in enumerate(settings.limits) if "user" in limit.key]
+        keyed += [f"pools.{_shown(name)}" for name, pool in settings.pools.items() if pool.key == "user"]
+        found += [f"{path}.key: no identity.user tells the user, so each client is its address" for path in keyed]
+    used = {route.pool for route in settings.routes}
+    return found + [f"pools.{_shown(name)}: no route leads to it" for name in settings.pools if name not in used]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a settings file, for editors to complete it by."""
+    return Settings.model_json_schema(mode="validation")
