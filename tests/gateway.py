@@ -279,14 +279,16 @@ STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 [1-9][0-9]{2} [\t\x20-\x7e\x80-\xff
 class Client(Wire):
     """A client's connection to a gateway."""
 
-    def __init__(self, port: int, *, host: str = "127.0.0.1", buffer: int | None = None) -> None:
-        """`buffer`: the bytes that the kernel keeps for it when it does not read."""
+    def __init__(self, port: int, *, source: str | None = None, buffer: int | None = None) -> None:
+        """`source`: its address, of 127.0.0.0/8; `buffer`: the bytes that the kernel keeps while it does not read."""
         sock = socket.socket(socket.AF_INET)
         try:
             if buffer is not None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
             sock.settimeout(PATIENCE)
-            sock.connect((host, port))
+            if source is not None:
+                sock.bind((source, 0))
+            sock.connect(("127.0.0.1", port))
         except BaseException:
             sock.close()
             raise
@@ -442,6 +444,7 @@ def says(text: bytes) -> bytes:
 class Upstream:
     """A server that does what its `script` says, and keeps all that it gets.
 
+    - `greeting`: what is done on a new connection before anything is read, if that is something
     - `requests` in the order their heads came, whether or not the rest did; `connections`: how many were opened
     - `ends`: how the gateway ended connections, by their number
     - `errors`: what was wrong with what came
@@ -468,6 +471,7 @@ class Upstream:
 
     def _begin(self) -> None:
         self.script: Script = answering(OK)
+        self.greeting: Callable[[Talk], None] | None = None
         self.requests: list[Request] = []
         self.ends: dict[int, Ending] = {}
         self._first = self._opened
@@ -546,6 +550,8 @@ class Upstream:
 
     def _serve(self, talk: Talk) -> None:
         try:
+            if self.greeting is not None:
+                self.greeting(talk)
             while not talk.closed:
                 raw = talk.through(b"\r\n\r\n")
                 talk.request = parse_request(raw, talk.number - self._first)
@@ -811,10 +817,14 @@ class Stage:
             with Client(self.gateway.port) as client:
                 assert client.ask(b"TRACE / HTTP/1.1\r\nHost: a.example\r\n\r\n").status == 405
 
-    def clear(self) -> None:
+    def leave(self) -> None:
+        """Close all clients' connections."""
         for client in self.clients:
             client.close()
         self.clients.clear()
+
+    def clear(self) -> None:
+        self.leave()
         for upstream in self.upstreams.values():
             upstream.clear()
         self.settle()
@@ -853,9 +863,8 @@ def staged(
         gateway = Gateway(settings({name: upstream.url for name, upstream in upstreams.items()}), directory)
         stack.callback(gateway.stop)
         stage = Stage(gateway, upstreams)
+        stack.callback(stage.leave)
         yield stage
-        for client in stage.clients:
-            client.close()
 
 
 def request(line: str, *fields: str | bytes, host: str | None = "a.example", body: bytes = b"") -> bytes:

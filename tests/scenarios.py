@@ -1,12 +1,13 @@
 """One table of requests and the answers that must come, for every home of the policy.
 
-A home is a function `(settings, store) -> answer` where `answer(request)` gives a Response. A new shell joins by
-being one; tests/test_scenarios.py lists them.
+A home is a function `(settings, store)` that gives a context with `answer`, where `answer(request)` gives a
+Response. A new shell joins by being one; tests/test_scenarios.py lists them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -44,7 +45,7 @@ class Response:
 
 
 Answer: TypeAlias = Callable[[Ask], Response]
-Home: TypeAlias = Callable[[Mapping[str, Any], Store], Answer]
+Home: TypeAlias = Callable[[Mapping[str, Any], Store], AbstractContextManager[Answer]]
 
 
 @dataclass(frozen=True)

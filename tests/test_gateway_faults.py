@@ -5,6 +5,7 @@ Where a bound of time is the matter it is half a second in a gateway of its own,
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -46,6 +47,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
     def settings(urls: Mapping[str, str]) -> dict[str, Any]:
         return {
+            "limits": [{"name": "front", "rate": "1/hour", "match": "/limited"}],
             "pools": {
                 "one": {"upstreams": [urls["up"]], **POOL},
                 "half": {"upstreams": [refusing[0].url, urls["up"]], **POOL},
@@ -250,6 +252,48 @@ def test_16_nothing_is_asked_again_once_a_byte_of_an_answer_came(stage: Stage, p
         answer = client.answer()
     assert answer.status == 502
     assert sum(len(upstream.requests) for upstream in both(stage)) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("how", ["speaks first", "speaks first and closes", "closes at once", "resets at once"])
+def test_17_an_upstream_that_does_not_wait_for_a_request_is_a_502_at_once(
+    stage: Stage, how: str, method: str
+) -> None:
+    def greeting(talk: Talk) -> None:
+        if "speaks" in how:
+            talk.send(b"SSH-2.0-OpenSSH_9.2\r\n")
+        if "closes" in how:
+            talk.close()
+        elif "resets" in how:
+            talk.reset()
+        else:
+            talk.until_end()
+
+    stage.up.greeting = greeting
+    began = time.monotonic()
+    client = stage.client()
+    for number in range(5):
+        answer = client.ask(request(f"{method} /{number}", "Content-Length: 0"))
+        # To break before anything was asked may count as not having been reached.
+        assert answer.status in (502, 503)
+        about_upstreams(answer)
+    assert time.monotonic() - began < 10
+    stage.up.greeting = None
+    assert client.ask(GET).status == 200
+
+
+def test_17_an_answer_that_comes_before_the_request_outlives_no_connection(stage: Stage) -> None:
+    def greeting(talk: Talk) -> None:
+        talk.send(says(b"poison"))
+
+    stage.up.greeting = greeting
+    for _ in range(10):
+        answer = stage.ask(GET)
+        # It may have come when the request was on its way: then nobody can tell.
+        assert answer.status in (200, 502)
+    stage.up.greeting = None
+    stage.clear()
+    assert stage.ask(GET).body == b"ok"
 
 
 def test_16_a_post_on_a_kept_connection_that_breaks_is_not_asked_again(stage: Stage) -> None:
@@ -491,7 +535,7 @@ def test_10_an_early_answer_of_the_upstream_arrives_and_stops_the_upload(
     assert sent < len(LARGE)
     if not leaves:
         stage.up.until(lambda: 0 in stage.up.ends)
-        assert taken[0] < 15_000_000
+        assert taken[0] < len(LARGE)
     assert stage.up.completed == []
     stage.up.script = answering(OK)
     assert stage.ask(GET).status == 200
@@ -653,10 +697,11 @@ def test_26_a_client_that_does_not_read_is_left_and_the_upstream_too(hasty: Stag
 
     hasty.up.script = script
     client = hasty.client(buffer=4096)
-    client.send(GET)
+    client.send(GET + request("GET /behind"))
     hasty.up.until(lambda: 0 in hasty.up.ends)
     answer = client.answer()
-    assert (answer.status, answer.complete) == (200, False)
+    assert (answer.status, answer.complete, answer.ended) == (200, False, "reset")
+    assert hasty.up.targets == [b"/"]
 
 
 def test_26_a_client_that_reads_slowly_but_steadily_gets_everything(hasty: Stage) -> None:
@@ -750,6 +795,34 @@ def test_26_a_pipeline_without_end_is_not_read_while_the_first_is_not_answered(s
     assert len(stage.up.requests) >= 20
     client.reset()
     stage.ask(GET)
+
+
+def test_26_a_client_that_asks_and_asks_and_does_not_read_is_not_read_either(stage: Stage) -> None:
+    """Of what the gateway answers itself: a request is shorter than the answer to it."""
+    client = stage.client(buffer=4096)
+    one = request("GET /limited")
+    stage.ask(one)
+    assert stage.ask(one).status == 429
+    sent = stuck(client, one * 800_000)
+    assert sent < 20_000_000
+    resident = stage.gateway.resident()
+    assert resident < 200 * 2**20
+
+
+def test_26_answers_are_not_gathered_for_a_client_that_does_not_read(stage: Stage) -> None:
+    stage.up.script = answering(says(LARGE[:200_000]))
+    before = stage.gateway.resident()
+    client = stage.client(buffer=4096)
+    client.send(GET * 5000)
+    count, quiet = 0, time.monotonic() + 0.5
+    while time.monotonic() < quiet:
+        threading.Event().wait(0.05)
+        if len(stage.up.requests) != count:
+            count, quiet = len(stage.up.requests), time.monotonic() + 0.5
+        assert count < 500
+    assert stage.gateway.resident() - before < 20 * 2**20
+    # And it is served on as it reads.
+    assert [client.answer().body == LARGE[:200_000] for _ in range(200)] == [True] * 200
 
 
 def test_26_one_address_has_so_many_connections_and_no_more(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -960,6 +1033,24 @@ def test_a_second_signal_ends_it_at_once(tmp_path_factory: pytest.TempPathFactor
         gateway.wait()
         assert gateway.refuses()
         assert client.rest()[0] == b""
+
+
+def test_a_worker_does_not_outlive_its_parent(tmp_path_factory: pytest.TempPathFactory, up: Upstream) -> None:
+    gateway = draining(tmp_path_factory.mktemp("orphan"), {"up": up.url}, "500ms")
+    with Client(gateway.port) as client:
+        assert client.ask(GET).status == 200
+        gateway.process.kill()
+        assert client.end() == "fin"
+        gateway.wait()
+        assert gateway.refuses()
+
+
+def test_a_parent_does_not_outlive_its_worker(tmp_path_factory: pytest.TempPathFactory, up: Upstream) -> None:
+    gateway = draining(tmp_path_factory.mktemp("childless"), {"up": up.url}, "500ms")
+    (worker,) = gateway.workers
+    os.kill(worker, signal.SIGKILL)
+    assert gateway.wait() != 0
+    assert gateway.refuses()
 
 
 def test_no_request_is_lost_while_it_ends(tmp_path_factory: pytest.TempPathFactory, up: Upstream) -> None:

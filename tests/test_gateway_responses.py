@@ -286,6 +286,7 @@ WHOLE = [
     good("8 304", response("304 Not Modified", 'ETag: "x"'), framing="none", status=304),
     good("8 304 with a length", response("304 Not Modified", "Content-Length: 5"), framing="any", status=304),
     good("8 304 with chunked", response("304 Not Modified", TE), framing="any", status=304),
+    good("8 a method that is not quite HEAD", says(b"hello"), b"hello", asked=request("head /")),
     good("8 205", response("205 Reset Content", "Content-Length: 0"), status=205),
 ]  # fmt: skip
 

@@ -177,7 +177,7 @@ def test_hundreds_that_send_a_head_byte_by_byte_are_cut_off_and_others_served(
 def test_hundreds_that_do_not_read_or_do_not_write_are_cut_off_and_others_served(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    large = Random(1).randbytes(2 * MIB)
+    large = Random(1).randbytes(16 * MIB)
 
     def script(talk: Talk) -> None:
         talk.answer(says(large) if talk.request.target == b"/large" else OK)
@@ -186,13 +186,13 @@ def test_hundreds_that_do_not_read_or_do_not_write_are_cut_off_and_others_served
     with staged(tmp_path_factory.mktemp("slow"), settings) as stage:
         stage.up.script = script
         before = stage.gateway.resident()
-        deaf = [stage.client(buffer=4096) for _ in range(100)]
+        deaf = [stage.client(buffer=4096) for _ in range(40)]
         for client in deaf:
             client.send(request("GET /large"))
         mute = [stage.client() for _ in range(100)]
         for client in mute:
             client.send(request("POST /mute", "Content-Length: 5000", body=b"hello"))
-        assert quick(stage, lambda: all(client.readable() for client in mute)) < 1
+        assert quick(stage, lambda: all(client.readable() for client in mute)) < 5
         assert [client.answer().status for client in mute] == [408] * 100
         # The kernel, and not the gateway, holds what they do not read.
         assert stage.gateway.resident() - before < 100 * MIB
@@ -341,35 +341,41 @@ def test_ten_thousand_mutated_requests_are_answered_or_refused_and_read_as_h11_r
 ) -> None:
     """Whatever passes is well-formed (the upstream is strict), and is what another parser finds in the same bytes."""
     random = Random(10)
-    settings = lambda urls: plain(urls, head_timeout="1s", body_timeout="1s")  # noqa: E731
-    with staged(tmp_path_factory.mktemp("fuzz"), settings) as stage:
+    with staged(tmp_path_factory.mktemp("fuzz"), plain) as stage:
         statuses: Counter[int] = Counter()
+        sent: dict[str, bytes] = {}
         resident = 0
         for number in range(10_000):
             raw = mutated(random, random.choice(SEEDS))
-            client = stage.client()
+            # By its address it is told whose a request at the upstream is.
+            source = f"127.9.{number // 250}.{number % 250 + 1}"
+            sent[source] = raw
+            client = stage.client(source=source)
             client.send(raw)
-            client.finish()  # what is not whole ends here
             try:
-                while True:
+                while client.readable(0.02):  # else it waits for more
                     statuses[client.answer("HEAD" if b"HEAD" in raw else "GET").status] += 1
             except Ended:
                 pass
-            except AssertionError as error:
+            except (AssertionError, TimeoutError) as error:
                 # Which answer is that to a HEAD can only be told if there is one request.
-                if b"HEAD" not in raw:
+                if b"HEAD" not in raw and b"head" not in raw.lower():
                     raise AssertionError(f"{raw!r}") from error
-            client.close()
-            stage.clients.clear()
+            stage.leave()
             if stage.up.errors:
                 pytest.fail(f"{raw!r} reached the upstream malformed: {stage.up.errors}")
-            passed = [(got.method, got.body) for got in list(stage.up.requests) if got.complete]
-            known = [(method, body) for method, body, whole in by_h11(raw) if whole]
-            assert passed == known[: len(passed)], f"{raw!r}: {passed}, {known}"
-            stage.up.requests.clear()
-            if number % 500 == 0:
+            if number % 250 == 249:
+                stage.settle()
+                found: dict[str, list[tuple[bytes, bytes]]] = {}
+                for got in stage.up.completed:
+                    address = (got.get("x-forwarded-for") or b"").decode()
+                    found.setdefault(address, []).append((got.method, got.body))
+                for address, passed in found.items():
+                    known = [(method, body) for method, body, whole in by_h11(sent[address]) if whole]
+                    assert passed == known[: len(passed)], f"{sent[address]!r}: {passed}, {known}"
                 assert stage.ask(GET).body == b"ok"
                 stage.clear()
+                sent.clear()
             if number == 2000:
                 resident = stage.gateway.resident()
         assert stage.gateway.resident() - resident < 10 * MIB
@@ -435,8 +441,7 @@ def test_ten_thousand_mutated_answers_harm_nobody_and_never_become_the_next_one(
                 raise AssertionError(f"after {raw!r}: {error}") from error
             statuses["lost" if answer is None else f"{answer.status} {answer.complete}"] += 1
             if answer is None or not answer.complete or answer.closes:
-                client.close()
-                stage.clients.clear()
+                stage.leave()
                 client = stage.client()
             stage.up.script = control
             after = client.ask(request(f"GET /control/{number}"))

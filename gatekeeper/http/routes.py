@@ -68,7 +68,7 @@ class Pattern:
     `/api/*`, whose beginning is `/api`. `meaning` is equal for patterns of the same requests.
     """
 
-    __slots__ = ("_path", "exact", "first", "host", "meaning", "methods", "path", "rank", "text")
+    __slots__ = ("_path", "_prefix", "exact", "first", "host", "meaning", "methods", "path", "rank", "text")
 
     def __init__(self, text: str) -> None:
         words = text.split() if isinstance(text, str) and len(text) <= 1024 else []
@@ -85,6 +85,9 @@ class Pattern:
         self.path = normalise(slash + path)
         self.exact = not re.search(r"[{}*]", self.path)
         self._path = None if self.exact else _compile(self.path)
+        # `/api/*`, the most frequent of variable patterns, need not be matched: a comparison decides.
+        literal = self.path.removesuffix("*")
+        self._prefix = None if self.exact or re.search(r"[{}*]", literal) else literal
         first = self.path.split("/")[1]
         # The first segment, where it is literal, sorts a table's patterns into drawers.
         self.first = None if re.search(r"[{}*]", first) else first
@@ -105,6 +108,8 @@ class Pattern:
             return False
         if self.host is not None and not self._covers_host(host):
             return False
+        if self._prefix is not None:
+            return path.startswith(self._prefix) or path == self._prefix[:-1]
         return path == self.path if self._path is None else self._path.fullmatch(path) is not None
 
     def _covers_host(self, host: str) -> bool:
@@ -226,7 +231,7 @@ class Router(Generic[T]):
     their first segment is the request's.
     """
 
-    __slots__ = ("_exact", "_hosts", "_open", "_rest")
+    __slots__ = ("_exact", "_hosts", "_only", "_open", "_rest")
 
     def __init__(self, entries: Iterable[tuple[Pattern, T]]) -> None:
         # Sorting keeps the order of those that are as specific, with reverse=True too.
@@ -242,9 +247,14 @@ class Router(Generic[T]):
             first: [entry for entry in variable if entry[0].first in (first, None)]
             for first in {pattern.first for pattern, _ in variable} - {None}
         }
+        # Where `/*` is all there is, every request goes there.
+        is_only = len(ranked) == 1 and ranked[0][0].meaning == (None, None, "/*")
+        self._only: T | None = ranked[0][1] if is_only else None
 
     def find(self, request: Request) -> T | None:
         """The thing, None if no pattern covers the request."""
+        if self._only is not None:
+            return self._only
         path = normalise(request.path)
         host = host_of(request.field("host")) if self._hosts else ""
         method = request.method

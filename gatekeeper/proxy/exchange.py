@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from random import random
 from typing import TYPE_CHECKING, Final
 
@@ -22,10 +21,11 @@ from gatekeeper.proxy.wire import (
     WireError,
     WireRequest,
     chunk,
+    may_begin_response,
     request_body,
     response_body,
 )
-from gatekeeper.upstreams.retry import may_repeat
+from gatekeeper.upstreams.retry import MOST_REPEATS, may_repeat
 
 if TYPE_CHECKING:
     from gatekeeper.gate import Destination
@@ -47,43 +47,59 @@ class Exchange(WireRequest, Ticket):
     upstream's (`answer_received`, `upstream_full`, `upstream_lost`). It ends exactly once, in `_end`.
     """
 
-    front: Front
-    destination: Destination | None = None
-    candidates: Iterator[Upstream]
-    upstream: Upstream | None = None
-    term: int = 0  # of its health, when it was turned to
-    connection: UpstreamConnection | None = None
-    task: asyncio.Task[None] | None = None
-    body: Body  # the request's, as it comes in
-    pending: bytes = b""  # of it, as it goes on, until there is a connection
-    is_forwarded: bool = False  # the whole request was handed to the upstream's connection
-    body_taken: bool = False  # some of the body was
-    arrived: int = 0  # bytes of it
-    mark: int = 0  # how many bytes had moved when progress was looked at last
-    head: ResponseHead | None = None
-    answer: Body | None = None  # the response's, as it comes in
-    partial: bytes = b""  # of the response's head
-    in_chunks: bool = False  # how the response goes out
-    interim: int = 0
-    has_repeated: bool = False
-    timed_out: bool = False
-    keeps: bool = True  # the client's connection goes on after this
-    moved: int = 0  # bytes of the response's body
-    is_over: bool = False
-    started: float = 0.0
+    # Slots: there are more attributes than CPython keeps compact in an instance's dictionary.
+    __slots__ = (
+        "address", "answer", "arrived", "asked_user", "body", "body_taken", "candidates", "claims", "client",
+        "connection", "destination", "ended", "expects", "front", "gate", "head", "hits", "host",
+        "in_chunks", "interim", "is_forwarded", "is_old", "is_open", "is_over", "keeps", "keeps_alive", "length",
+        "limited", "lines", "mark", "max_forwards", "method", "moved", "native", "outer", "partial", "path", "peer",
+        "pending", "readings", "refused", "repeats", "replaced", "rules", "sent", "started", "target", "task",
+        "term", "timed_out", "upstream", "user", "verb", "verdicts", "via",
+    )  # fmt: skip
 
     def __init__(self, client: ClientConnection, front: Front) -> None:
         self.client = client
         self.front = front
-        self.peer = client.peer
+        self.peer: str | None = client.peer
+        # Of the ticket
+        self.user: str | None = None
+        self.refused = self.sent = 0
+        self.ended = self.asked_user = False
+        self.limited = self.outer = None
+        self.rules = self.hits = self.verdicts = ()
+        self.is_open = False
+        # Of the request
+        self.max_forwards: bytes | None = None
+        self.readings: tuple[str, ...] = ()
+        self.pending = b""  # of its body, as it goes on, until there is a connection
+        self.arrived = 0  # bytes of its body
+        self.body_taken = False  # some of the body was handed to an upstream's connection
+        self.is_forwarded = False  # the whole request was
+        # Of its way
+        self.destination: Destination | None = None
+        self.upstream: Upstream | None = None
+        self.term = 0  # of the upstream's health, when it was turned to
+        self.connection: UpstreamConnection | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.repeats = 0
+        self.timed_out = False
+        # Of the response
+        self.head: ResponseHead | None = None
+        self.answer: Body | None = None  # its body, as it comes in
+        self.partial = b""  # of its head
+        self.interim = 0  # how many 1xx came before it
+        self.in_chunks = False  # how it goes out
+        self.moved = 0  # bytes of its body
+        self.mark = 0  # how many bytes, of either body, had moved when progress was looked at last
+        self.keeps = True  # the client's connection goes on after this
+        self.is_over = False
 
     # From the client
 
     def begin(self, data: bytes) -> None:
         """The head was read; `data` is what came behind it."""
         front = self.front
-        if front.access_log is not None:
-            self.started = time.monotonic()
+        self.started = 0.0 if front.access_log is None else time.monotonic()
         self.body = request_body(self.length)
         if self.length > front.max_body:
             self._own(413)
@@ -166,6 +182,7 @@ class Exchange(WireRequest, Ticket):
                 if self.client.drained(front.least_rate * front.body_timeout):
                     self.client.wait(front.body_timeout)
                 else:
+                    self.client.reset()
                     self._end(CLIENT_LEFT)
             elif self.moved > self.mark:
                 self.mark = self.moved
@@ -209,7 +226,7 @@ class Exchange(WireRequest, Ticket):
             self._own(400)
             return
         self.destination = destination
-        self.candidates = front.gate.choose(self, destination, front.now_ns(), random())  # noqa: S311  # no secret
+        self.candidates = front.gate.choose(self, destination, front.now_ns(), random())  # noqa: S311
         self._next()
 
     def _objection(self) -> int:
@@ -256,8 +273,10 @@ class Exchange(WireRequest, Ticket):
         self.task = None
         if self.is_over:
             connection.close()
-        else:
+        elif connection.is_open:
             self._send(connection)
+        else:  # it spoke before it was asked
+            self._bad("http_protocol_error")
 
     def _send(self, connection: UpstreamConnection) -> None:
         """Hand over the request, as far as it is here."""
@@ -310,10 +329,13 @@ class Exchange(WireRequest, Ticket):
                 self._bad("http_response_header_section_size")
                 return
             if end < 0:
-                self.partial = data
+                if may_begin_response(data):
+                    self.partial = data
+                else:
+                    self._bad("http_protocol_error")
                 return
             try:
-                head = ResponseHead(data[:end], self.method)
+                head = ResponseHead(data[:end], to_head=self.verb == b"HEAD")
             except WireError:
                 self._bad("http_protocol_error")
                 return
@@ -342,7 +364,7 @@ class Exchange(WireRequest, Ticket):
         for name, value in self.front.gate.respond(self):
             lines.append(name + b": " + value)
         if head.length >= 0:
-            told = head.told if self.method == "HEAD" or head.status == 304 else head.length
+            told = head.told if self.verb == b"HEAD" or head.status == 304 else head.length
             if told is not None and head.status != 204:
                 lines.append(b"Content-Length: %d" % told)
         elif self.is_old:
@@ -416,18 +438,17 @@ class Exchange(WireRequest, Ticket):
         upstream = self.upstream
         silent = not self.partial and not self.interim
         self.client.hold(UPSTREAM, False)
-        if not self.has_repeated and silent and not self.body_taken and may_repeat(self.verb.decode("ascii")):
-            self.has_repeated = True
-            if not connection.is_reused:
-                self._report(False)
-            self._let_go()
-            self.is_forwarded = False
-            if connection.is_reused:
-                # Most likely it closed an idle connection as we took it, which says nothing of its health.
-                self._turn_to(upstream, fresh=True)
-            else:
-                self._next()
-            return
+        if silent and not self.body_taken and self.repeats < MOST_REPEATS and may_repeat(self.verb.decode("ascii")):
+            # A kept connection was most likely closed as we took it, which says nothing of the upstream's health.
+            following = upstream if connection.is_reused else next(self.candidates, None)
+            if following is not None:
+                self.repeats += 1
+                if not connection.is_reused:
+                    self._report(False)
+                self._let_go()
+                self.is_forwarded = False
+                self._turn_to(following, fresh=connection.is_reused)
+                return
         self._bad("connection_terminated")
 
     # The end
@@ -438,8 +459,9 @@ class Exchange(WireRequest, Ticket):
         return self.destination.read_timeout
 
     def _report(self, success: bool) -> None:
-        if self.upstream is not None and self.destination is not None:
-            self.front.report(self.destination, self.upstream, success, self.term)
+        upstream = self.upstream
+        if upstream is not None and self.destination is not None and not (success and upstream.health.is_spotless):
+            self.front.report(self.destination, upstream, success, self.term)
 
     def _let_go(self) -> None:
         if self.upstream is not None and self.destination is not None:
@@ -470,7 +492,7 @@ class Exchange(WireRequest, Ticket):
         self.sent = status
         self.keeps = self.keeps and self.keeps_alive and self.body.is_done and not self.client.is_last
         head = own_head(status, fields, closes=not self.keeps, is_old=self.is_old)
-        self.client.write(head if self.method == "HEAD" else head + body)
+        self.client.write(head if self.verb == b"HEAD" else head + body)
         self._end(status, ended=True)
 
     def _end(self, status: int, *, ended: bool = False) -> None:
@@ -486,6 +508,8 @@ class Exchange(WireRequest, Ticket):
             answer = self.answer
             if ended and self.is_forwarded and answer is not None and answer.is_done and self._may_keep(answer):
                 self._report(True)
+                if self.client.is_full:  # its last bytes filled the client: who takes it next must be able to read
+                    connection.transport.resume_reading()
                 assert self.destination is not None
                 self.front.connections.keep(connection, self.destination.idle_timeout)
             else:
@@ -515,5 +539,6 @@ class Exchange(WireRequest, Ticket):
             run(steps, self.front.ask)
 
 
-UNSENT, UPSTREAM, FULL = 1, 2, 4
-"""Why a client is not read for now: its body cannot go on yet; the upstream is full; the next request waits."""
+UNSENT, UPSTREAM, FULL, UNREAD = 1, 2, 4, 8
+"""Why a client is not read for now: its body cannot go on yet; the upstream is full; much of its next requests is
+here already; it does not read its answers."""

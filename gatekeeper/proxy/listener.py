@@ -16,7 +16,7 @@ from gatekeeper.gate import Destination, Gate
 from gatekeeper.proxy.answers import own_answer, own_head
 from gatekeeper.proxy.connections import HIGH_WATER, Connections
 from gatekeeper.proxy.deadlines import Deadlines, Timed
-from gatekeeper.proxy.exchange import FULL, UNSENT, UPSTREAM, Exchange
+from gatekeeper.proxy.exchange import FULL, UNREAD, UNSENT, UPSTREAM, Exchange
 from gatekeeper.proxy.wire import LONGEST_LINE, WireError
 from gatekeeper.upstreams.pool import Upstream
 
@@ -37,7 +37,7 @@ class Front:
 
     - `pseudonym`: this gateway's name in `Via` (RFC 9110, 7.6.3), by which loops are known
     - `access_log`: called with each exchange and its status, None for no log
-    - `counts`: answers by status
+    - `counts`: how many answers there were of each status
     """
 
     __slots__ = (
@@ -93,7 +93,7 @@ class Front:
         self.log = logging.getLogger("gatekeeper.gateway")
         self.connections = Connections(loop)
         self.deadlines = Deadlines(loop)
-        self.counts: Counter[int] = Counter()
+        self.counts = [0] * 1000
         self._later: set[asyncio.Future[Any]] = set()
 
     def count(self, status: int) -> None:
@@ -179,8 +179,8 @@ class ClientConnection(Timed, asyncio.Protocol):
     """One client. Its requests are served one after the other; what comes early waits, and then is not read."""
 
     __slots__ = (
-        "_advancing", "_blanks", "_holds", "_lingers", "_listener", "_told", "_unsent", "buffer", "exchange",
-        "is_full", "is_last", "is_trusted", "peer", "transport",
+        "_advancing", "_blanks", "_holds", "_is_begun", "_lingers", "_listener", "_told", "_unsent", "buffer",
+        "exchange", "is_full", "is_last", "is_trusted", "peer", "transport",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -196,6 +196,7 @@ class ClientConnection(Timed, asyncio.Protocol):
         self.is_full = False
         self._advancing = False
         self._blanks = 0
+        self._is_begun = False  # a head has begun to arrive
         self._lingers = False
         self._holds = 0
         self._unsent = 0
@@ -224,12 +225,8 @@ class ClientConnection(Timed, asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.more(data)
         elif not self._lingers:
-            if self.buffer:
-                data = self.buffer + data
-            elif data[0] != 0x0D:
-                # The first bytes of a request: from here its head has its time.
-                self.wait(self.front.head_timeout)
-            self.buffer = data
+            self._is_begun = bool(self.buffer)
+            self.buffer = self.buffer + data if self.buffer else data
             self._advance()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -251,11 +248,14 @@ class ClientConnection(Timed, asyncio.Protocol):
         self.is_full = False
         if self.exchange is not None:
             self.exchange.client_full(False)
+        elif self._holds and not self._lingers:
+            self.hold(UNREAD, False)
+            self._advance()
 
     # The deadlines'
 
     def wait(self, seconds: float) -> None:
-        self.front.deadlines.set(self, seconds)
+        self._listener.front.deadlines.set(self, seconds)
 
     def expired(self) -> None:
         if self._lingers or self.transport.is_closing():
@@ -340,8 +340,14 @@ class ClientConnection(Timed, asyncio.Protocol):
         self.buffer = exchange.body.rest
         if self._holds:
             self.hold(UNSENT | UPSTREAM | FULL, False)
-        self.wait(self.front.head_timeout if self.buffer else self.front.idle_timeout)
-        if self.buffer and not self._advancing:
+        if self.is_full:  # no further request, until it reads its answers
+            self.hold(UNREAD, True)
+            return
+        if not self.buffer:
+            self.wait(self._listener.front.idle_timeout)
+            return
+        self._is_begun = False
+        if not self._advancing:
             self._advance()
 
     def abort(self) -> None:
@@ -366,6 +372,7 @@ class ClientConnection(Timed, asyncio.Protocol):
     def _advance(self) -> None:
         """Begin the next request, once its head is whole; and those behind it that are answered at once."""
         self._advancing = True
+        front = self._listener.front
         try:
             while self.exchange is None and self.buffer and not self._lingers and not self.transport.is_closing():
                 data = self.buffer
@@ -377,8 +384,8 @@ class ClientConnection(Timed, asyncio.Protocol):
                     if data == b"\r":
                         return
                 self._blanks = 0
-                front = self.front
-                self.hold(FULL, False)
+                if self._holds:
+                    self.hold(FULL, False)
                 end = data.find(b"\r\n\r\n")
                 if end < 0 or end > front.max_head:
                     self._incomplete(data, front)
@@ -389,8 +396,8 @@ class ClientConnection(Timed, asyncio.Protocol):
                 except WireError as error:
                     self._refuse(error.status)
                     return
-                if not self.is_trusted:
-                    self._distrust(exchange, front)
+                if front.user_field is not None and not self.is_trusted:
+                    exchange.lines = _without_user(exchange.lines, front.user_field)
                 self.buffer = b""
                 self.exchange = exchange
                 exchange.begin(data[end + 4 :])
@@ -399,6 +406,9 @@ class ClientConnection(Timed, asyncio.Protocol):
 
     def _incomplete(self, data: bytes, front: Front) -> None:
         """The head is not whole yet: told early if it never can be."""
+        if not self._is_begun:  # these are its first bytes: from here it has its time
+            self._is_begun = True
+            self.wait(front.head_timeout)
         line, whole, _ = data.partition(b"\r\n")
         if len(line) > LONGEST_LINE:
             self._refuse(414)
@@ -408,12 +418,6 @@ class ClientConnection(Timed, asyncio.Protocol):
             self._refuse(400)
         elif whole and not line.endswith((b" HTTP/1.1", b" HTTP/1.0")):
             self._refuse(505 if re.search(rb" HTTP/[0-9]\.[0-9]\Z", line) else 400)
-
-    def _distrust(self, exchange: Exchange, front: Front) -> None:
-        """Nobody but a trusted peer names a user."""
-        field = front.user_field
-        if field is not None:
-            exchange.lines = [line for line in exchange.lines if line.partition(b":")[0].lower() != field]
 
     def _refuse(self, status: int) -> None:
         """The answer to what is no request."""
@@ -436,6 +440,11 @@ class ClientConnection(Timed, asyncio.Protocol):
             self.transport.close()
         self._unsent = self.transport.get_write_buffer_size()
         self.wait(self.front.body_timeout if self._unsent else LINGER)
+
+
+def _without_user(lines: list[bytes], field: bytes) -> list[bytes]:
+    """Nobody but a trusted peer names a user."""
+    return [line for line in lines if line.partition(b":")[0].lower() != field]
 
 
 def _joined(exchange: Exchange, name: bytes, hop: bytes, is_trusted: bool) -> list[bytes]:

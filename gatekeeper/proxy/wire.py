@@ -2,16 +2,16 @@
 
 Nothing here does I/O. Framing is never relayed: what goes on is written from what was understood.
 
-A field line that was seen before is understood by one look-up, for most lines of a request are the same as those of
-the request before. (A generated parser calls Python back for each field: for the 22 of an exchange that alone costs
-as much as all that is done here.) A line that is new is matched against the whole grammar.
+Of each field line only the name is looked up; the line itself goes on as it came, once the head as a whole is known
+to hold no control character. (A generated parser calls Python back for each field: for the 22 of an exchange that
+alone costs more than all that is done here.)
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
 from gatekeeper.errors import GatekeeperError
@@ -45,7 +45,7 @@ class WireError(GatekeeperError):
 
 
 class Field(NamedTuple):
-    """A field that needs a look before it goes on: its name in lower case, its value, the line to go on with."""
+    """A field by its name in lower case, its value, and the line as it came."""
 
     name: bytes
     value: bytes
@@ -53,6 +53,8 @@ class Field(NamedTuple):
 
 
 _LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
+_NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTROLS: Final = bytes(code for code in (*range(32), 127) if code != 9)
 _METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _TARGET: Final = re.compile(rb'[!"$-\[\]-~]+')  # visible ASCII, and neither "#" nor "\"
 _HOST: Final = re.compile(
@@ -80,6 +82,7 @@ CLAIMS: Final = (b"x-forwarded-", b"forwarded", b"x-real-ip")
 
 _SENSITIVE: Final = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization"))
 _REQUEST_SPECIAL: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"via", b"max-forwards", b"proxy"}
+_FRAMING: Final = frozenset((b"connection", b"content-length", b"transfer-encoding"))
 _RESPONSE_SPECIAL: Final = HOP_BY_HOP | {b"content-length"}
 
 # `Connection` may name further fields for this connection alone, but not take away what others rely on.
@@ -88,41 +91,63 @@ _NOT_NAMED: Final = _SENSITIVE | {
     b"origin", b"close", b"keep-alive", b"upgrade", b"te", b"transfer-encoding",
 }  # fmt: skip
 
-_REMEMBERED: Final = 4096
-_LONGEST_REMEMBERED: Final = 256
-
-Entry: TypeAlias = Field | None
+_REMEMBERED: Final = 2048
+_LONGEST_REMEMBERED: Final = 64
 
 
-class _Lines(dict[bytes, Entry]):
-    """Field lines, and what each is to the proxy: None if it goes on as it is."""
+class _Names(dict[bytes, "bytes | None"]):
+    """Names of fields as they are written, once checked: in lower case those that need a look, None for others.
 
-    def __init__(self, special: frozenset[bytes], *, drops_underscores: bool) -> None:
+    Bounded, and no value is ever in it.
+    """
+
+    def __init__(self, special: frozenset[bytes], prefixes: tuple[bytes, ...], *, drops_underscores: bool) -> None:
         self._special = special
+        self._prefixes = prefixes
         self._drops_underscores = drops_underscores
 
-    def __missing__(self, line: bytes) -> Entry:
-        match = _LINE.fullmatch(line)
-        if match is None:
+    def __missing__(self, written: bytes) -> bytes | None:
+        if not _NAME.fullmatch(written):
             raise WireError(400, "malformed field")
-        name, value = match[1], match[2].strip(b" \t")
-        tidy = b"%b: %b" % (name, value)
-        name = name.lower()
-        entry: Entry = None
+        name: bytes | None = written.lower()
+        assert name is not None
         if b"_" in name and self._drops_underscores:  # to WSGI and CGI `X_User` is `X-User`
-            entry = Field(b"proxy", value, tidy)
-        elif name in self._special or name.startswith(CLAIMS) or tidy != line:
-            entry = Field(name, value, tidy)
-        # What is secret is not kept, and what is long would let clients decide how much memory this takes.
-        if len(line) <= _LONGEST_REMEMBERED and name not in _SENSITIVE:
+            name = DROPPED
+        elif name not in self._special and not name.startswith(self._prefixes):
+            name = None
+        if len(written) <= _LONGEST_REMEMBERED:
             if len(self) >= _REMEMBERED:
                 self.clear()
-            self[line] = entry
-        return entry
+            self[written] = name
+        return name
 
 
-_understand_request: Final = _Lines(_REQUEST_SPECIAL, drops_underscores=True).__getitem__
-_understand_response: Final = _Lines(_RESPONSE_SPECIAL, drops_underscores=False).__getitem__
+DROPPED: Final = b"proxy"
+"""This field becomes HTTP_PROXY to CGI programs, so it is dropped; and others in its name."""
+
+_REQUEST_NAMES: Final = _Names(_REQUEST_SPECIAL, CLAIMS, drops_underscores=True)
+_RESPONSE_NAMES: Final = _Names(_RESPONSE_SPECIAL, (), drops_underscores=False)
+_KNOWN_HOSTS: Final[dict[bytes, None]] = {}
+
+
+def _is_host(text: bytes) -> bool:
+    if text in _KNOWN_HOSTS:
+        return True
+    if not _HOST.fullmatch(text):
+        return False
+    if len(_KNOWN_HOSTS) >= _REMEMBERED:
+        _KNOWN_HOSTS.clear()
+    _KNOWN_HOSTS[text] = None
+    return True
+
+
+def _split(head: bytes, status: int) -> list[bytes]:
+    """The lines of a head, in which no control character is left: no NUL, no bare CR or LF (RFC 9112, 2.2)."""
+    lines = head.split(b"\r\n")
+    if len(head) - len(head.translate(None, _CONTROLS)) != 2 * len(lines) - 2:
+        raise WireError(status, "control characters in the head")
+    return lines
+
 
 _METHODS: Final = {
     text.encode(): text for text in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE")
@@ -162,7 +187,8 @@ class WireRequest:
 
     def read(self, head: bytes, most_fields: int = 100) -> None:
         """Take over a head: all before the empty line. Raises WireError."""
-        start, *lines = head.split(b"\r\n")
+        lines = _split(head, 400)
+        start = lines.pop(0)
         words = start.split(b" ")
         if len(words) != 3:
             raise WireError(400, "malformed request line")
@@ -210,42 +236,47 @@ class WireRequest:
         return ",".join(values) if values else None
 
     def _fields(self, lines: list[bytes]) -> None:
-        kept: list[bytes] = []
-        lengths: list[bytes] = []
-        codings: list[bytes] = []
-        options: list[bytes] = []
-        for line, entry in zip(lines, map(_understand_request, lines), strict=True):
-            if entry is None:
+        self.lines = kept = []
+        framing: list[tuple[bytes, bytes]] = []
+        for line in lines:
+            written, colon, value = line.partition(b":")
+            name = _REQUEST_NAMES[written]
+            if name is None:
                 kept.append(line)
-                continue
-            name, value, tidy = entry
-            if name == b"host":
-                if self.host is not None or not _HOST.fullmatch(value):
+            elif name == b"host":
+                value = value.strip(b" \t")
+                if self.host is not None or not _is_host(value):
                     raise WireError(400, "not one valid Host")
                 self.host = value
-            elif name == b"connection":
-                options.append(value)
-            elif name == b"content-length":
-                lengths.append(value)
-            elif name == b"transfer-encoding":
-                codings.append(value)
-            elif name.startswith(CLAIMS):
-                self.claims.append(entry)
-            elif name == b"via":
-                self.via.append(value)
-                kept.append(tidy)
-            elif name == b"expect":
-                if value.lower() != b"100-continue":
-                    raise WireError(417, "unknown expectation")
-                self.expects = not self.is_old
-            elif name == b"max-forwards":
-                self.max_forwards = value
-                kept.append(tidy)
-            elif name not in HOP_BY_HOP and name != b"proxy":
-                kept.append(tidy)
-        self.lines = kept
-        if options:
-            self._options(options)
+            elif name in _FRAMING:
+                framing.append((name, value.strip(b" \t")))
+            else:
+                self._look(name, value.strip(b" \t"), line)
+            if not colon:
+                raise WireError(400, "malformed field")
+        if framing:
+            self._frame(framing)
+
+    def _look(self, name: bytes, value: bytes, line: bytes) -> None:
+        """A field that is neither framing nor simply passed on."""
+        if name.startswith(CLAIMS):
+            self.claims.append(Field(name, value, line))
+        elif name == b"via":
+            self.via.append(value)
+            self.lines.append(line)
+        elif name == b"expect":
+            if value.lower() != b"100-continue":
+                raise WireError(417, "unknown expectation")
+            self.expects = not self.is_old
+        elif name == b"max-forwards":
+            self.max_forwards = value
+            self.lines.append(line)
+
+    def _frame(self, framing: list[tuple[bytes, bytes]]) -> None:
+        lengths = [value for name, value in framing if name == b"content-length"]
+        codings = [value for name, value in framing if name == b"transfer-encoding"]
+        if len(lengths) + len(codings) != len(framing):
+            self._options([value for name, value in framing if name == b"connection"])
         if codings:
             self._codings(codings, lengths)
         elif lengths:
@@ -281,7 +312,7 @@ class WireRequest:
                 raise WireError(405, "CONNECT is not served")
             raise WireError(400, "malformed target")
         authority, rest = absolute.groups()
-        if not _HOST.fullmatch(authority):
+        if not _is_host(authority):
             raise WireError(400, "malformed authority")
         self.host = authority  # it overrides the field (RFC 9112, 3.2.2), for the core as well
         self.native = [b"Host: " + authority, *(line for line in self.native if line[:5].lower() != b"host:")]
@@ -344,6 +375,8 @@ def without(lines: list[bytes], named: set[bytes]) -> list[bytes]:
 
 def content_length(values: list[bytes], status: int) -> int:
     """The one length that all values give (RFC 9110, 8.6: a repetition of the same is let pass)."""
+    if len(values) == 1 and _DIGITS.fullmatch(values[0]):
+        return int(values[0])
     texts = {part.strip(b" \t") for value in values for part in value.split(b",")}
     if len(texts) != 1 or not _DIGITS.fullmatch(text := texts.pop()):
         raise WireError(status, "Content-Length is not one number")
@@ -359,46 +392,51 @@ class ResponseHead:
 
     __slots__ = ("keeps_alive", "length", "lines", "reason", "status", "told")
 
-    def __init__(self, head: bytes, method: str) -> None:
-        """`head`: all before the empty line. Raises WireError (502)."""
-        start, *lines = head.split(b"\r\n")
-        match = _STATUS.fullmatch(start)
+    def __init__(self, head: bytes, *, to_head: bool) -> None:
+        """`head`: all before the empty line; `to_head`: whether HEAD was asked. Raises WireError (502)."""
+        lines = _split(head, 502)
+        match = _STATUS.fullmatch(lines.pop(0))
         if match is None:
             raise WireError(502, "malformed status line")
         minor, status, reason = match.groups()
         self.status = int(status)
         self.reason = status + b" " + (reason or b"")
-        self.keeps_alive = minor == b"1"
+        is_old = minor == b"0"
+        self.keeps_alive = not is_old
         if len(lines) > MOST_RESPONSE_FIELDS:
             raise WireError(502, "too many fields")
-        kept: list[bytes] = []
-        lengths: list[bytes] = []
-        codings: list[bytes] = []
-        options: list[bytes] = []
+        self.lines = kept = []
+        self.told: int | None = None
+        framing: list[tuple[bytes, bytes]] = []
         try:
-            for line, entry in zip(lines, map(_understand_response, lines), strict=True):
-                if entry is None:
+            for line in lines:
+                written, colon, value = line.partition(b":")
+                name = _RESPONSE_NAMES[written]
+                if name is None:
                     kept.append(line)
-                elif entry.name == b"content-length":
-                    lengths.append(entry.value)
-                elif entry.name == b"connection":
-                    options.append(entry.value)
-                elif entry.name == b"transfer-encoding":
-                    codings.append(entry.value)
-                elif entry.name not in HOP_BY_HOP:
-                    kept.append(entry.line)
+                elif name in _FRAMING:
+                    framing.append((name, value.strip(b" \t")))
+                if not colon:
+                    raise WireError(502, "malformed field")
         except WireError as error:
             raise WireError(502, error.reason) from None
-        self.lines = kept
-        if options:
-            named = connection_options(options)
-            self.keeps_alive = b"close" not in named and (self.keeps_alive or b"keep-alive" in named)
-            self.lines = without(kept, named)
-        self.told = content_length(lengths, 502) if lengths else None
-        if codings and (lengths or minor == b"0" or b",".join(codings).strip(b" \t").lower() != b"chunked"):
-            raise WireError(502, "malformed framing")
+        codings: list[bytes] = []
+        if len(framing) == 1 and framing[0][0] == b"content-length":
+            self.told = content_length([framing[0][1]], 502)
+        elif framing:
+            codings = [value for name, value in framing if name == b"transfer-encoding"]
+            lengths = [value for name, value in framing if name == b"content-length"]
+            options = [value for name, value in framing if name == b"connection"]
+            if lengths:
+                self.told = content_length(lengths, 502)
+            if codings and (lengths or is_old or b",".join(codings).strip(b" \t").lower() != b"chunked"):
+                raise WireError(502, "malformed framing")
+            if options:
+                named = connection_options(options)
+                self.keeps_alive = b"close" not in named and (self.keeps_alive or b"keep-alive" in named)
+                self.lines = without(kept, named)
         # RFC 9112, 6.3: what has no body whatever its fields say
-        if method == "HEAD" or self.status < 200 or self.status in (204, 304):
+        if to_head or self.status < 200 or self.status in (204, 304):
             self.length = 0
             if self.status < 200 or self.status == 204:
                 self.told = None
@@ -406,6 +444,14 @@ class ResponseHead:
             self.length = CHUNKED
         else:
             self.length = UNTIL_CLOSE if self.told is None else self.told
+
+
+def may_begin_response(data: bytes) -> bool:
+    """Whether these first bytes of a head may become one: what speaks another protocol is not waited for."""
+    line, whole, _ = data.partition(b"\r\n")
+    if whole:
+        return _STATUS.fullmatch(line) is not None
+    return line[:7] == b"HTTP/1."[: len(line)] and len(line) <= LONGEST_LINE
 
 
 class Body:

@@ -133,7 +133,8 @@ class Pool:
     def take(self, upstream: Upstream, now: int) -> int:
         """A request is sent to it: its trial, if its ejection is over. Returns the term, for `observe`."""
         upstream.in_flight += 1
-        return upstream.health.taken(now)
+        health = upstream.health
+        return health.taken(now) if health.closed_until else health.term
 
     def release(self, upstream: Upstream) -> None:
         """A request that was sent to it has ended, whatever came of it."""

@@ -8,6 +8,10 @@ IDEMPOTENT: Final = frozenset(["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE
 """Methods of which several have the effect of one (RFC 9110, 9.2.2)."""
 
 
+MOST_REPEATS: Final = 2
+"""How often: once for a kept connection that had gone stale, and once more for an upstream that just then died."""
+
+
 def may_repeat(method: str) -> bool:
     """Whether a request may be sent again when its connection broke and no byte of an answer had come.
 
