@@ -44,10 +44,14 @@ class Charge(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """Where a route leads: a pool, by what its policy hashes requests, and how long it is waited for (seconds)."""
+    """Where a route leads: a pool, by what its policy hashes requests, and how long it is waited for (seconds).
+
+    `by_user` tells that the key is the user, who has to be asked for then.
+    """
 
     pool: Pool
     key: Part | None
+    by_user: bool
     connect_timeout: float
     response_timeout: float
     read_timeout: float
@@ -133,8 +137,8 @@ class Gate:
     """
 
     __slots__ = (
-        "_always", "_asks_user", "_direct", "_fields", "_identity", "_policies", "_table", "failures", "routes",
-        "rules",
+        "_always", "_asks_user", "_direct", "_fields", "_hashes_user", "_identity", "_policies", "_table",
+        "failures", "route", "rules",
     )  # fmt: skip
 
     def __init__(
@@ -145,7 +149,9 @@ class Gate:
         fields: bool = True,
         routes: Iterable[tuple[Pattern, Destination]] = (),
     ) -> None:
-        self.routes = Router(routes)
+        routes = list(routes)
+        self.route: Callable[[Request], Destination | None] = Router(routes).find
+        """Where a request goes; None if no route is for it."""
         self.rules = tuple(rules)
         self.failures: Counter[str] = Counter()
         self._identity = identity
@@ -154,7 +160,9 @@ class Gate:
         self._table = Table((rule.pattern, rule) for rule in self.rules)
         # Where no rule has a pattern all of them apply to each request.
         self._always = self._table.always or ()
-        self._asks_user = any(rule.needs_user for rule in self.rules)
+        # Whom the user is to be asked for: for some pool, thus always; for some rule, where it applies.
+        self._hashes_user = any(destination.by_user for _, destination in routes)
+        self._asks_user = self._hashes_user or any(rule.needs_user for rule in self.rules)
         self._policies: dict[tuple[Rule, ...], tuple[bytes, bytes]] = {}
 
     def address(self, request: Request) -> str:
@@ -170,16 +178,19 @@ class Gate:
 
         The result is for `Ticket.refused`: 0, or the status to refuse the request with.
         """
-        return self.extend(ticket, self._begin(ticket))
+        steps = self.extend(ticket, self._begin(ticket))
+        return self._user_first(ticket, steps) if self._hashes_user else steps
 
     def admit_at_once(self, ticket: Ticket, ask: Callable[[Hits], Replies]) -> int:
         """`admit`, for a store that does not wait: a request that one batch decides costs no generator.
 
         (The generator and its driver are a tenth of all that a request costs.)
         """
+        if self._asks_user:
+            return run(self.admit(ticket), ask)
         rules = self._begin(ticket)
-        if self._asks_user or not rules:
-            return run(self.extend(ticket, rules), ask)
+        if not rules:
+            return 0
         hits = self._hits(ticket, rules)
         verdicts = ask(hits)
         for verdict in verdicts:
@@ -213,6 +224,10 @@ class Gate:
         if rules and ticket.method == "OPTIONS" and _is_preflight(ticket):
             rules = tuple(rule for rule in rules if rule.preflights)
         return rules
+
+    def _user_first(self, ticket: Ticket, steps: Steps[int]) -> Steps[int]:
+        yield from self._ask_user(ticket)
+        return (yield from steps)
 
     def _hits(self, ticket: Ticket, rules: tuple[Rule, ...]) -> list[Hit]:
         """A hit for each rate of each rule."""
@@ -248,21 +263,17 @@ class Gate:
         ticket.verdicts = verdicts  # type: ignore[assignment]  # no StoreError is left
         return refused
 
-    def route(self, ticket: Ticket) -> Destination | None:
-        """Where a request goes; None if no route is for it."""
-        return self.routes.find(ticket)
-
     def reads_alike(self, ticket: Ticket, readings: Iterable[str]) -> bool:
         """Whether a request is under the same rules and on the same route, however its path is read.
 
         Servers differ in what they make of `%2F`, `%5C`, `%25` and `;`. Where another reading would be under other
         rules, or lead elsewhere, there is no saying what the path means.
         """
-        path, rules, route = ticket.path, set(self._table.match(ticket)), self.routes.find(ticket)
+        path, rules, route = ticket.path, set(self._table.match(ticket)), self.route(ticket)
         try:
             for reading in readings:
                 ticket.path = reading
-                if set(self._table.match(ticket)) != rules or self.routes.find(ticket) is not route:
+                if set(self._table.match(ticket)) != rules or self.route(ticket) is not route:
                     return False
         finally:
             ticket.path = path

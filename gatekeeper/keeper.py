@@ -107,10 +107,16 @@ def _destination(name: str, settings: PoolSettings) -> Destination:
     policy = POLICIES[settings.policy] if isinstance(settings.policy, str) else settings.policy
     if policy is RingOrder:
         policy = partial(RingOrder, vnodes=settings.vnodes)
-    pool = Pool(name, upstreams, policy)
+    try:
+        pool = Pool(name, upstreams, policy)
+    except Exception as error:  # of a class of the user's own: the rest was checked
+        raise SettingsError(
+            [f"pools.{name}.policy: expected a policy; making it of the upstreams raised {type(error).__name__}"]
+        ) from None
     return Destination(
         pool,
         part(settings.key) if pool.needs_key else None,
+        pool.needs_key and settings.key == "user",
         settings.connect_timeout / 1e9,
         settings.response_timeout / 1e9,
         settings.read_timeout / 1e9,

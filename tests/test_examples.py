@@ -6,13 +6,16 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
 
@@ -39,6 +42,7 @@ class Example:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         self.output = ""
         self._reader = Thread(target=self._read, daemon=True)
@@ -79,9 +83,20 @@ class Example:
         finally:
             connection.close()
 
+    def wait_for(self, text: str) -> None:
+        """Until it has printed this."""
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.output:
+            assert time.monotonic() < deadline, f"it does not print {text!r} but: {self.output}"
+            time.sleep(0.02)
+
     def interrupt(self) -> int:
-        """Ctrl-C. The exit status."""
-        self.process.send_signal(signal.SIGINT)
+        """Ctrl-C, which a terminal sends to the whole process group. The exit status."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.end()
+
+    def end(self) -> int:
+        """Wait for its end. The exit status."""
         status = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
         return status
@@ -294,3 +309,300 @@ def test_the_example_without_a_framework_prints_what_it_does() -> None:
         "after a reset: allowed, 2 of 3 left\n"
         "ten at once under asyncio: 3 allowed\n"
     )
+
+
+GATEWAY = "examples/gateway/run.py"
+SETTINGS = ROOT / "examples/gateway/gatekeeper.toml"
+SERVICES = ("a", "b", "c")
+
+
+class Stage(Example):
+    """examples/gateway, with services on free ports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "gatekeeper.toml"
+        self.ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
+        text = on_ports(SETTINGS.read_text(encoding="utf-8"), self.ports)
+        # A trial soon after: nobody is to wait five seconds for it.
+        text, changed = re.subn('eject_for = "5s"', 'eject_for = "200ms"', text)
+        assert changed == 2
+        self.file.write_text(text, encoding="utf-8")
+        super().__init__(GATEWAY, str(self.file), "--port", "0")
+        self.wait_for("A trial request lets it back in")
+
+    @property
+    def pids(self) -> dict[str, int]:
+        told = self.output.partition("\n\n")[0]
+        return {name: int(pid) for name, pid in re.findall(r"(\w+) \(pid (\d+)\)", told)}
+
+    def lines(self) -> list[str]:
+        """The commands that it gives to try."""
+        return re.findall(r"^  (.+)$", self.output, re.MULTILINE)
+
+    def service(self, method: str, path: str, **fields: str) -> tuple[int, str]:
+        """The status, and which service answered."""
+        answer = self.ask(method, path, fields={name.replace("_", "-"): value for name, value in fields.items()})
+        return answer.status, json.loads(answer.body)["service"]
+
+    def wait_for_slow(self, count: int) -> None:
+        """Until so many slow requests are with the services, which are asked directly."""
+        deadline = time.monotonic() + PATIENCE
+        while sum(self._waiting(port) for port in self.ports.values()) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def _waiting(self, port: int) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, PATIENCE)
+        try:
+            connection.request("GET", "/health", headers={"connection": "close"})
+            waiting: int = json.loads(connection.getresponse().read())["waiting"]
+            return waiting
+        finally:
+            connection.close()
+
+    def at_once(self, count: int, path: str) -> list[socket.socket]:
+        """So many requests, each on a connection of its own, none of which waits for another's answer."""
+        clients = [socket.create_connection(("127.0.0.1", self.port), PATIENCE) for _ in range(count)]
+        for client in clients:
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: example\r\n\r\n".encode())
+        return clients
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    with ExitStack() as stack:
+        found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in found]
+
+
+def on_ports(text: str, ports: dict[str, int]) -> str:
+    """Settings whose upstreams on 9001, 9002, 9003 are at these ports."""
+    for fixed, port in zip(("9001", "9002", "9003"), ports.values(), strict=True):
+        assert f"127.0.0.1:{fixed}" in text
+        text = text.replace(f"127.0.0.1:{fixed}", f"127.0.0.1:{port}")
+    return text
+
+
+def received(clients: list[socket.socket]) -> list[tuple[int, str]]:
+    """The statuses and the services of their answers."""
+    answers = []
+    for client in clients:
+        with client:
+            response = http.client.HTTPResponse(client)
+            response.begin()
+            answers.append((response.status, json.loads(response.read())["service"]))
+    return answers
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Stage]:
+    stage = Stage(folder)
+    try:
+        yield stage
+    finally:
+        if stage.process.poll() is None:
+            stage.process.terminate()  # a kill would leave the services
+            stage.end()
+        stage.kill()
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    with staged(tmp_path) as stage:
+        yield stage
+
+
+@pytest.fixture(scope="module")
+def shared_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """For what leaves no trace in other tests: no login, nothing that ends."""
+    with staged(tmp_path_factory.mktemp("gateway")) as stage:
+        yield stage
+
+
+def test_the_gateway_spreads_requests_by_least_connections(shared_stage: Stage) -> None:
+    answers = received(shared_stage.at_once(6, "/slow?seconds=2"))
+    assert Counter(answers) == {(200, name): 2 for name in SERVICES}
+
+
+def test_the_gateway_tells_services_of_the_client(shared_stage: Stage) -> None:
+    told = json.loads(shared_stage.ask("GET", "/", fields={"x-user": "ada", "x-forwarded-for": "192.0.2.7"}).body)
+    host = f"127.0.0.1:{shared_stage.port}"
+    assert told.pop("service") in SERVICES
+    assert re.fullmatch(r"1\.1 gatekeeper-[0-9a-f]{8}", told.pop("via"))
+    assert told == {
+        "client": "192.0.2.7",
+        "user": "ada",
+        "host": host,
+        "x-forwarded-for": "192.0.2.7, 127.0.0.1",
+        "x-forwarded-proto": "http",
+        "x-forwarded-host": host,
+    }
+
+
+@pytest.mark.skipif(not LOOPBACK_IS_WIDE, reason="needs a second loopback address")
+def test_from_elsewhere_nobody_names_a_user_or_an_address(shared_stage: Stage) -> None:
+    fields = {"x-user": "ada", "x-forwarded-for": "192.0.2.7"}
+    told = json.loads(shared_stage.ask("GET", "/", fields=fields, source="127.0.0.3").body)
+    assert (told["user"], told["client"], told["x-forwarded-for"]) == (None, "127.0.0.3", "127.0.0.3")
+
+
+def test_the_carts_of_a_user_are_always_on_the_same_service(shared_stage: Stage) -> None:
+    owners = {}
+    for user in (f"user{number}" for number in range(12)):
+        answers = [shared_stage.ask("POST", "/cart/apple", fields={"x-user": user}) for _ in range(3)]
+        assert [answer.status for answer in answers] == [200] * 3
+        told = [json.loads(answer.body) for answer in answers]
+        assert [one["cart"] for one in told] == [{"apple": 1}, {"apple": 2}, {"apple": 3}]
+        (owners[user],) = {one["service"] for one in told}
+    # Where a user falls is fixed for ever, for these ids.
+    assert set(owners.values()) == set(SERVICES)
+    assert shared_stage.service("GET", "/cart", x_user="user0") == (200, owners["user0"])
+
+
+def test_the_sixth_login_is_refused_by_the_gateway(stage: Stage) -> None:
+    assert [log_in(stage).status for _ in range(5)] == [401] * 5
+    sixth = log_in(stage)
+    assert sixth.status == 429
+    assert sixth.fields["content-type"] == "application/problem+json"
+    assert re.fullmatch(r'"login";r=0;t=\d+', sixth.fields["ratelimit"])
+    assert sixth.fields["ratelimit-policy"] == '"default";q=600;w=60, "login";q=5;w=60'
+    assert 1 <= int(sixth.fields["retry-after"]) <= 61
+    assert json.loads(sixth.body)["violated-policies"] == ["login"]
+
+
+def test_no_request_fails_when_a_service_is_killed_before_it_answers(stage: Stage) -> None:
+    killed = stage.pids["b"]
+    clients = stage.at_once(6, "/slow?seconds=2")
+    stage.wait_for_slow(6)
+    os.kill(killed, signal.SIGKILL)
+    answers = received(clients)
+    assert {status for status, _ in answers} == {200}
+    assert {name for _, name in answers} == {"a", "c"}
+    assert {stage.service("GET", "/") for _ in range(30)} <= {(200, "a"), (200, "c")}
+    stage.wait_for(f"the service b (pid {killed}) has ended, with status -9\n")
+
+
+def test_a_service_that_was_killed_is_let_in_again(stage: Stage) -> None:
+    os.kill(stage.pids["b"], signal.SIGKILL)
+    while "upstream b is ejected" not in stage.output:
+        assert stage.service("GET", "/")[0] == 200
+    again = stage.lines()[-1].split()
+    assert again[-2:] == ["b", str(stage.ports["b"])]
+    with subprocess.Popen([sys.executable, *again[1:]], cwd=ROOT) as service:
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while (answer := stage.service("GET", "/")) != (200, "b"):
+                assert answer[0] == 200
+                assert time.monotonic() < deadline
+        finally:
+            service.terminate()
+            service.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_end_it_drains_and_stops_all(stage: Stage, number: signal.Signals) -> None:
+    (idle,) = stage.at_once(1, "/health")
+    clients = stage.at_once(6, "/slow?seconds=2")
+    with idle, ThreadPoolExecutor() as pool:
+        idle.recv(1)
+        receiving = pool.submit(received, clients)
+        stage.wait_for_slow(6)
+        if number == signal.SIGINT:
+            assert stage.interrupt() == 0
+        else:
+            stage.process.terminate()
+            assert stage.end() == 0
+        assert [status for status, _ in receiving.result(PATIENCE)] == [200] * 6
+    for port in (stage.port, *stage.ports.values()):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    for pid in stage.pids.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert "Traceback" not in stage.output
+    assert stage.output.endswith(f"{stage.lines()[-1]}\n\n")  # nothing after the greeting
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_lines_that_it_gives_to_try_do_what_it_says(stage: Stage) -> None:
+    def run(line: str) -> str:
+        call = ["sh", "-c", line]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True)
+        return done.stdout
+
+    who, slow, carts, logins, kill, _ = stage.lines()
+    assert len(run(who).splitlines()) == 6
+    told = [json.loads(line) for line in run(slow).splitlines()]
+    assert Counter(one["service"] for one in told) == dict.fromkeys(SERVICES, 2)
+    told = [json.loads(line) for line in run(carts).splitlines()]
+    assert [one["cart"] for one in told] == [{"apple": 1}, {"apple": 2}] * 4
+    assert len({(one["user"], one["service"]) for one in told}) == 4
+    shown = run(logins)
+    assert shown.count("Wrong password.") == 5
+    assert "HTTP/1.1 429 Too Many Requests" in shown
+    assert '"violated-policies": ["login"]' in shown
+    told = [json.loads(line) for line in run(kill).splitlines()]
+    assert len(told) == 6
+    assert all(one["waited"] == 2 and one["service"] != "b" for one in told)
+
+
+@pytest.mark.parametrize("whose", ["gateway", "service"])
+def test_a_port_in_use_ends_the_gateway_example_with_one_line(tmp_path: Path, whose: str) -> None:
+    ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        used = other.getsockname()[1]
+        if whose == "service":
+            ports["b"] = used
+        file = tmp_path / "gatekeeper.toml"
+        file.write_text(on_ports(SETTINGS.read_text(encoding="utf-8"), ports), encoding="utf-8")
+        call = [sys.executable, GATEWAY, str(file), "--port", str(used if whose == "gateway" else 0)]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    hint = re.escape(" (--port, or make run PORT=…, takes another)") if whose == "gateway" else ""
+    assert re.fullmatch(rf"cannot listen on 127\.0\.0\.1 port {used}: [\w ]+{hint}\n", done.stderr)
+
+
+@contextmanager
+def served(stage: Stage, folder: Path, text: str) -> Iterator[Example]:
+    """A gateway with settings of its own, before the services of the stage."""
+    file = folder / "other.toml"
+    file.write_text(text, encoding="utf-8")
+    call = ("-c", "from gatekeeper.cli import main; main()", "serve", str(file), "--listen", "127.0.0.1:0")
+    with started(*call) as gateway:
+        yield gateway
+        gateway.process.terminate()
+        assert gateway.end() == 0
+
+
+def test_the_gateway_settings_of_the_readme_serve(shared_stage: Stage, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```toml\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    (text,) = (block for block in blocks if "[[routes]]" in block)
+    with served(shared_stage, tmp_path, on_ports(text, shared_stage.ports)) as gateway:
+        assert gateway.ask("GET", "/").status == 200
+        assert [log_in(gateway).status for _ in range(6)] == [401] * 5 + [429]
+
+
+RING_BY_USER = """
+[identity]
+trusted_proxies = "127.0.0.1"
+user = "header:X-User"
+
+[pools.carts]
+policy = "ring"
+key = "user"
+upstreams = [
+    { id = "a", url = "http://127.0.0.1:9001" },
+    { id = "b", url = "http://127.0.0.1:9002" },
+    { id = "c", url = "http://127.0.0.1:9003" },
+]
+
+[[routes]]
+match = "/*"
+pool = "carts"
+"""
+
+
+def test_a_ring_by_user_needs_no_rule_by_user(shared_stage: Stage, tmp_path: Path) -> None:
+    with served(shared_stage, tmp_path, on_ports(RING_BY_USER, shared_stage.ports)) as gateway:
+        answers = [gateway.ask("GET", "/", fields={"x-user": f"user{number}"}) for number in range(12)]
+    assert {json.loads(answer.body)["service"] for answer in answers} == set(SERVICES)

@@ -542,14 +542,18 @@ def test_10_an_early_answer_of_the_upstream_arrives_and_stops_the_upload(
 
 
 def test_10_an_early_answer_arrives_at_a_client_that_only_looks_when_it_has_sent_all(stage: Stage) -> None:
+    go = threading.Event()
+
     def script(talk: Talk) -> None:
         talk.send(response("401 Unauthorized", "Content-Length: 2", body=b"no"))
+        go.wait(15)  # were it read, the whole body might be there before the answer is seen
         talk.until_end()
 
     stage.up.script = script
     client = stage.client()
-    client.send(request("POST /", f"Content-Length: {8_000_000}", body=LARGE[:8_000_000]))
+    client.send(request("POST /", f"Content-Length: {len(LARGE)}", body=LARGE))
     answer = client.answer()
+    go.set()
     assert (answer.status, answer.body, answer.closes) == (401, b"no", True)
     assert client.end() == "fin"
 
@@ -675,6 +679,41 @@ def test_26_a_body_that_comes_steadily_may_take_longer_than_a_pause_may(hasty: S
         assert not client.readable(0.1)
         client.send(b"x" * 1000)
     assert client.answer().status == 200
+
+
+def test_26_an_upstream_that_takes_a_body_slowly_but_steadily_gets_all_of_it_and_one_that_does_not_is_a_504(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    def settings(urls: Mapping[str, str]) -> dict[str, Any]:
+        return {
+            "listen": {"body_timeout": "500ms"},
+            "pools": {"one": {"upstreams": [urls["up"]], **POOL}},
+            "routes": [{"match": "/*", "pool": "one"}],
+        }
+
+    def slowly(talk: Talk) -> None:
+        for _ in range(30):
+            threading.Event().wait(0.05)
+            talk.exactly(1_000_000)
+        talk.send(OK)
+        talk.request.complete = True
+
+    def never(talk: Talk) -> None:
+        go.wait(15)
+        talk.until_end()
+
+    go = threading.Event()
+    with staged(tmp_path_factory.mktemp("steady"), settings) as stage:
+        stage.up.script = slowly
+        client, sent = upload(stage, "by its length")
+        assert client.answer().status == 200
+        assert sent == len(LARGE)
+        stage.up.script = never
+        client, sent = upload(stage, "by its length")
+        assert client.answer().status == 504
+        assert sent < len(LARGE)
+        go.set()
+        stage.check()
 
 
 def test_26_an_answer_that_takes_its_time_is_no_idle_connection(hasty: Stage) -> None:

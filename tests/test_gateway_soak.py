@@ -196,7 +196,7 @@ def test_hundreds_that_do_not_read_or_do_not_write_are_cut_off_and_others_served
         assert [client.answer().status for client in mute] == [408] * 100
         # The kernel, and not the gateway, holds what they do not read.
         assert stage.gateway.resident() - before < 100 * MIB
-        stage.up.until(lambda: stage.up.open < 20)
+        stage.up.until(lambda: len(stage.up.ends) >= len(deaf) + len(mute))
         assert not any(client.answer().complete for client in deaf)
         assert b"/mute" not in [request.target for request in stage.up.completed]
         stage.check()
@@ -359,7 +359,7 @@ def test_ten_thousand_mutated_requests_are_answered_or_refused_and_read_as_h11_r
                 pass
             except (AssertionError, TimeoutError) as error:
                 # Which answer is that to a HEAD can only be told if there is one request.
-                if b"HEAD" not in raw and b"head" not in raw.lower():
+                if b"head" not in raw.lower():
                     raise AssertionError(f"{raw!r}") from error
             stage.leave()
             if stage.up.errors:

@@ -31,7 +31,8 @@ def front_of(
 ) -> Front:
     """What a worker decides by, made of a Gatekeeper. `log` takes the lines of the access log, if there is one."""
     listen = keeper.settings.listen
-    user = keeper.settings.identity.user
+    identity = keeper.settings.identity
+    user = identity.user.removeprefix("header:") if isinstance(identity.user, str) else None
     return Front(
         loop,
         keeper.gate,
@@ -39,7 +40,7 @@ def front_of(
         aask=keeper.aask,
         awaits=keeper.awaits,
         is_trusted=keeper.gate.trusts,
-        user_field=user.removeprefix("header:") if isinstance(user, str) else None,
+        distrusted=[name for name in (identity.header, user) if name is not None],
         pseudonym=pseudonym.encode("ascii"),
         forwarded=listen.forwarded,
         head_timeout=listen.head_timeout / _SECOND,

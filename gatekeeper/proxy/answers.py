@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final
 
@@ -52,6 +53,7 @@ def own_answer(
 def own_head(status: int, fields: Fields, *, closes: bool, is_old: bool = False) -> bytes:
     """The head of an answer of ours, with the empty line."""
     lines = [b"HTTP/1.1 %d %b" % (status, PHRASES[status]), *(b"%b: %b" % field for field in fields)]
+    lines.append(b"date: " + formatdate(usegmt=True).encode())
     if closes:
         lines.append(b"connection: close")
     elif is_old:

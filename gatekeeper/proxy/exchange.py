@@ -17,6 +17,7 @@ from gatekeeper.proxy.wire import (
     LONGEST_RESPONSE_HEAD,
     UNTIL_CLOSE,
     Body,
+    LengthBody,
     ResponseHead,
     WireError,
     WireRequest,
@@ -38,6 +39,7 @@ CLIENT_LEFT: Final = 499
 _MOST_INTERIM: Final = 32
 _RETRY_AFTER: Final = 1
 _SENDS_BODY: Final = frozenset(["POST", "PUT", "PATCH"])
+_UNUSUAL: Final = frozenset(["OPTIONS", "CONNECT", "TRACE"])
 
 
 class Exchange(WireRequest, Ticket):
@@ -193,15 +195,18 @@ class Exchange(WireRequest, Ticket):
             self.timed_out = True
             self._report(False)
             self._own(504, error="http_response_timeout")
-        elif self.body.is_done or self.client.is_held:
-            # The upstream does not take the body, or there is none to take it.
-            self._report(False)
-            self._own(504, error="http_response_timeout")
-        elif self.arrived - self.mark > max(0, front.least_rate * front.body_timeout - 1):
-            self.mark = self.arrived
-            self.client.wait(front.body_timeout)
         else:
-            self._own(408)
+            unsent = 0 if self.connection is None else self.connection.transport.get_write_buffer_size()
+            taken, before = self.arrived - unsent, self.mark
+            self.mark = taken
+            # A client must keep to the least rate; an upstream that is full must take anything at all.
+            if taken - before >= (1 if self.client.is_held else max(1.0, front.least_rate * front.body_timeout)):
+                self.client.wait(front.body_timeout)
+            elif self.client.is_held or self.body.is_done:
+                self._report(False)
+                self._own(504, error="http_response_timeout")
+            else:
+                self._own(408)
 
     # Onwards
 
@@ -211,13 +216,14 @@ class Exchange(WireRequest, Ticket):
             refusal = front.gate.refusal(self)
             self._answer(refusal.status, refusal.fields, refusal.body)
             return
-        status = self._objection()
-        if status:
-            self._own(status)
-            return
-        if self.target == b"*" or (self.method == "OPTIONS" and self.max_forwards == b"0"):
-            self._answer(204, [(b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")], b"")
-            return
+        if self.method in _UNUSUAL or self.via:
+            status = self._objection()
+            if status == 204:
+                self._answer(204, [(b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")], b"")
+                return
+            if status:
+                self._own(status)
+                return
         destination = front.gate.route(self)
         if destination is None:
             self._own(404)
@@ -230,10 +236,13 @@ class Exchange(WireRequest, Ticket):
         self._next()
 
     def _objection(self) -> int:
+        """The status of what goes no further, 0 for what does."""
         if self.method == "CONNECT" or self.method == "TRACE":
             return 405
-        if self.via and any(self.front.pseudonym in value for value in self.via):
+        if any(self.front.pseudonym in value for value in self.via):
             return 508
+        if self.target == b"*" or (self.method == "OPTIONS" and self.max_forwards == b"0"):
+            return 204
         return 0
 
     def _next(self) -> None:
@@ -307,13 +316,12 @@ class Exchange(WireRequest, Ticket):
         if self.body.is_done:
             self._forwarded()
         else:
-            self.mark = self.arrived
             self.client.wait(self.front.body_timeout)
 
     def _forwarded(self) -> None:
         self.is_forwarded = True
         assert self.destination is not None
-        self.client.wait(self.destination.response_timeout)
+        self.front.deadlines.set(self.client, self.destination.response_timeout)
 
     # From the upstream
 
@@ -357,14 +365,17 @@ class Exchange(WireRequest, Ticket):
         self.head = head
         self.sent = head.status
         client = self.client
-        answer = self.answer = response_body(head.length)
+        length = head.length
+        answer = self.answer = LengthBody(length) if length >= 0 else response_body(length)
         # An answer before the end of an upload ends the upload: the client is to read it, and not to go on.
         self.keeps = self.keeps_alive and self.body.is_done and not client.is_last
         lines = [b"HTTP/1.1 " + head.reason, *head.lines]
-        for name, value in self.front.gate.respond(self):
-            lines.append(name + b": " + value)
-        if head.length >= 0:
-            told = head.told if self.verb == b"HEAD" or head.status == 304 else head.length
+        if self.hits:
+            lines += [name + b": " + value for name, value in self.front.gate.respond(self)]
+        if length > 0:
+            lines.append(b"Content-Length: %d" % length)
+        elif not length:
+            told = head.told if self.verb == b"HEAD" or head.status == 304 else 0
             if told is not None and head.status != 204:
                 lines.append(b"Content-Length: %d" % told)
         elif self.is_old:
@@ -376,10 +387,10 @@ class Exchange(WireRequest, Ticket):
             lines.append(b"Connection: close")
         elif self.is_old:
             lines.append(b"Connection: keep-alive")
-        if not head.length:
+        if not length:
             answer.rest = data
             lines += (b"", b"")
-            client.write(b"\r\n".join(lines))
+            client.transport.write(b"\r\n".join(lines))
             self._end(head.status, ended=True)
             return
         try:
@@ -392,7 +403,7 @@ class Exchange(WireRequest, Ticket):
         if self.in_chunks:
             piece = chunk(piece) + LAST_CHUNK if answer.is_done else chunk(piece)
         lines += (b"", piece)
-        client.write(b"\r\n".join(lines))
+        client.transport.write(b"\r\n".join(lines))
         if answer.is_done:
             self._end(head.status, ended=True)
         else:
@@ -459,9 +470,8 @@ class Exchange(WireRequest, Ticket):
         return self.destination.read_timeout
 
     def _report(self, success: bool) -> None:
-        upstream = self.upstream
-        if upstream is not None and self.destination is not None and not (success and upstream.health.is_spotless):
-            self.front.report(self.destination, upstream, success, self.term)
+        if self.upstream is not None and self.destination is not None:
+            self.front.report(self.destination, self.upstream, success, self.term)
 
     def _let_go(self) -> None:
         if self.upstream is not None and self.destination is not None:
@@ -503,33 +513,34 @@ class Exchange(WireRequest, Ticket):
         if self.task is not None:
             self.task.cancel()
             self.task = None
+        front = self.front
         connection, self.connection = self.connection, None
         if connection is not None:
-            answer = self.answer
-            if ended and self.is_forwarded and answer is not None and answer.is_done and self._may_keep(answer):
+            if ended and self.head is not None and not (self.upstream and self.upstream.health.is_spotless):
                 self._report(True)
+            if ended and self.is_forwarded and self._may_keep():
                 if self.client.is_full:  # its last bytes filled the client: who takes it next must be able to read
                     connection.transport.resume_reading()
                 assert self.destination is not None
-                self.front.connections.keep(connection, self.destination.idle_timeout)
+                front.connections.keep(connection, self.destination.idle_timeout)
             else:
-                if ended and self.head is not None:
-                    self._report(True)
                 connection.close()
         self._let_go()
         if self.is_open:
             self.ended = ended
             self._finish()
-        front = self.front
         if front.access_log is not None:
             front.access_log(self, status)
-        front.count(status)
+        front.counts[status] += 1
         self.client.done(self)
         self.native = None
 
-    def _may_keep(self, answer: Body) -> bool:
-        assert self.head is not None
-        return self.head.keeps_alive and not answer.rest and self.head.length != UNTIL_CLOSE
+    def _may_keep(self) -> bool:
+        """Whether the upstream's connection is at the end of a response, and goes on."""
+        head, answer = self.head, self.answer
+        if head is None or answer is None or head.length == UNTIL_CLOSE:
+            return False
+        return head.keeps_alive and answer.is_done and not answer.rest
 
     def _finish(self) -> None:
         steps = self.front.gate.finish(self)

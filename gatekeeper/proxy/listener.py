@@ -17,7 +17,7 @@ from gatekeeper.proxy.answers import own_answer, own_head
 from gatekeeper.proxy.connections import HIGH_WATER, Connections
 from gatekeeper.proxy.deadlines import Deadlines, Timed
 from gatekeeper.proxy.exchange import FULL, UNREAD, UNSENT, UPSTREAM, Exchange
-from gatekeeper.proxy.wire import LONGEST_LINE, WireError
+from gatekeeper.proxy.wire import CLAIMS, LONGEST_LINE, WireError
 from gatekeeper.upstreams.pool import Upstream
 
 LINGER: Final = 2.0
@@ -36,14 +36,16 @@ class Front:
     Times in seconds, sizes in bytes; what each bound means is said by the settings under `[listen]`.
 
     - `pseudonym`: this gateway's name in `Via` (RFC 9110, 7.6.3), by which loops are known
+    - `distrusted`: fields that only trusted peers may write, such as the one that names the user; from others they
+      do not go on
     - `access_log`: called with each exchange and its status, None for no log
     - `counts`: how many answers there were of each status
     """
 
     __slots__ = (
         "_later", "aask", "access_log", "ask", "awaits", "body_timeout", "connections", "counts", "deadlines",
-        "forwarded", "gate", "head_timeout", "idle_timeout", "is_trusted", "least_rate", "log", "loop", "max_body",
-        "max_connections", "max_connections_per_address", "max_fields", "max_head", "pseudonym", "user_field",
+        "distrusted", "forwarded", "gate", "head_timeout", "idle_timeout", "is_trusted", "least_rate", "log",
+        "loop", "max_body", "max_connections", "max_connections_per_address", "max_fields", "max_head", "pseudonym",
         "via",
     )  # fmt: skip
 
@@ -56,7 +58,7 @@ class Front:
         aask: Callable[[Hits], Awaitable[Replies]],
         awaits: bool,
         is_trusted: Callable[[str | None], bool],
-        user_field: str | None,
+        distrusted: Iterable[str] = (),
         pseudonym: bytes,
         forwarded: Literal["x-forwarded", "forwarded", "none"] = "x-forwarded",
         head_timeout: float = 10.0,
@@ -76,7 +78,8 @@ class Front:
         self.aask = aask
         self.awaits = awaits
         self.is_trusted = is_trusted
-        self.user_field = user_field.encode("ascii").lower() if user_field is not None else None
+        names = [name.lower().encode("ascii") for name in distrusted]
+        self.distrusted = frozenset(name for name in names if not name.startswith(CLAIMS))  # those never go on so
         self.pseudonym = pseudonym
         self.via = b"Via: 1.1 " + pseudonym
         self.forwarded = forwarded
@@ -95,9 +98,6 @@ class Front:
         self.deadlines = Deadlines(loop)
         self.counts = [0] * 1000
         self._later: set[asyncio.Future[Any]] = set()
-
-    def count(self, status: int) -> None:
-        self.counts[status] += 1
 
     def later(self, work: Awaitable[object]) -> None:
         """Let something be done that no request waits for."""
@@ -179,8 +179,8 @@ class ClientConnection(Timed, asyncio.Protocol):
     """One client. Its requests are served one after the other; what comes early waits, and then is not read."""
 
     __slots__ = (
-        "_advancing", "_blanks", "_holds", "_is_begun", "_lingers", "_listener", "_told", "_unsent", "buffer",
-        "exchange", "is_full", "is_last", "is_trusted", "peer", "transport",
+        "_advancing", "_blanks", "_holds", "_is_begun", "_lingers", "_listener", "_searched", "_told", "_unsent",
+        "buffer", "exchange", "is_full", "is_last", "is_trusted", "peer", "transport",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -197,6 +197,7 @@ class ClientConnection(Timed, asyncio.Protocol):
         self._advancing = False
         self._blanks = 0
         self._is_begun = False  # a head has begun to arrive
+        self._searched = 0  # so much of it was there before: drop by drop, it is not searched again and again
         self._lingers = False
         self._holds = 0
         self._unsent = 0
@@ -226,6 +227,7 @@ class ClientConnection(Timed, asyncio.Protocol):
             self.exchange.more(data)
         elif not self._lingers:
             self._is_begun = bool(self.buffer)
+            self._searched = len(self.buffer)
             self.buffer = self.buffer + data if self.buffer else data
             self._advance()
 
@@ -344,9 +346,11 @@ class ClientConnection(Timed, asyncio.Protocol):
             self.hold(UNREAD, True)
             return
         if not self.buffer:
-            self.wait(self._listener.front.idle_timeout)
+            front = self._listener.front
+            front.deadlines.set(self, front.idle_timeout)
             return
         self._is_begun = False
+        self._searched = 0
         if not self._advancing:
             self._advance()
 
@@ -396,8 +400,10 @@ class ClientConnection(Timed, asyncio.Protocol):
                 except WireError as error:
                     self._refuse(error.status)
                     return
-                if front.user_field is not None and not self.is_trusted:
-                    exchange.lines = _without_user(exchange.lines, front.user_field)
+                if front.distrusted and not self.is_trusted:
+                    exchange.lines = [
+                        line for line in exchange.lines if line.partition(b":")[0].lower() not in front.distrusted
+                    ]
                 self.buffer = b""
                 self.exchange = exchange
                 exchange.begin(data[end + 4 :])
@@ -414,7 +420,7 @@ class ClientConnection(Timed, asyncio.Protocol):
             self._refuse(414)
         elif len(data) > front.max_head:
             self._refuse(431)
-        elif _LONE.search(data) or (whole and line.count(b" ") != 2) or b"\0" in data:
+        elif _LONE.search(data, max(0, self._searched - 1)) or (whole and line.count(b" ") != 2) or b"\0" in data:
             self._refuse(400)
         elif whole and not line.endswith((b" HTTP/1.1", b" HTTP/1.0")):
             self._refuse(505 if re.search(rb" HTTP/[0-9]\.[0-9]\Z", line) else 400)
@@ -423,7 +429,7 @@ class ClientConnection(Timed, asyncio.Protocol):
         """The answer to what is no request."""
         fields, body = own_answer(status, None)
         self.buffer = b""
-        self.front.count(status)
+        self.front.counts[status] += 1
         self.write(own_head(status, fields, closes=True) + body)
         self._close(linger=True)
 
@@ -440,11 +446,6 @@ class ClientConnection(Timed, asyncio.Protocol):
             self.transport.close()
         self._unsent = self.transport.get_write_buffer_size()
         self.wait(self.front.body_timeout if self._unsent else LINGER)
-
-
-def _without_user(lines: list[bytes], field: bytes) -> list[bytes]:
-    """Nobody but a trusted peer names a user."""
-    return [line for line in lines if line.partition(b":")[0].lower() != field]
 
 
 def _joined(exchange: Exchange, name: bytes, hop: bytes, is_trusted: bool) -> list[bytes]:

@@ -245,7 +245,7 @@ class WireRequest:
                 kept.append(line)
             elif name == b"host":
                 value = value.strip(b" \t")
-                if self.host is not None or not _is_host(value):
+                if self.host is not None or (value not in _KNOWN_HOSTS and not _is_host(value)):
                     raise WireError(400, "not one valid Host")
                 self.host = value
             elif name in _FRAMING:
@@ -478,8 +478,9 @@ class LengthBody(Body):
     __slots__ = ()
 
     def __init__(self, length: int) -> None:
-        super().__init__(length)
+        self.left = length
         self.is_done = not length
+        self.rest = b""
 
     def take(self, data: bytes) -> bytes:
         left = self.left - len(data)
