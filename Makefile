@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 
 .PHONY: run test check bench soak clean
 
-# PORT=… chooses the port.
+# Three services and the gateway before them. PORT=… chooses the gateway's port.
 PORT ?= 8080
 
 run: $(VENV)/dev
-	$(BIN)/python examples/limited_app.py --port $(PORT)
+	$(BIN)/python examples/gateway/run.py --port $(PORT)
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 -q

@@ -545,8 +545,8 @@ class Upstream:
                 thread = threading.Thread(target=self._serve, args=(talk,), daemon=True)
                 self._talks[talk.number] = (talk, thread)
                 self._opened += 1
+                thread.start()
                 self._changed.notify_all()
-            thread.start()
 
     def _serve(self, talk: Talk) -> None:
         try:

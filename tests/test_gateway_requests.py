@@ -751,6 +751,37 @@ def test_the_gateways_own_answers_name_nothing_that_is_inside(stage: Stage) -> N
     assert b"problem" in (refused[2].get("content-type") or b"")
 
 
+def test_what_no_route_is_for_is_a_404_that_tells_nothing_of_what_is_inside(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    def routed(urls: Mapping[str, str]) -> dict[str, Any]:
+        return {
+            "pools": {"kernel": {"upstreams": [urls["up"]], **POOL}},
+            "routes": [{"match": "/inside/*", "pool": "kernel"}, {"match": "c.example/", "pool": "kernel"}],
+        }
+
+    with staged(tmp_path_factory.mktemp("routed"), routed) as stage:
+        client = stage.client()
+        for raw in (
+            get(),
+            get("Accept: text/html"),
+            request("GET /insidee"),
+            request("GET /inside/../x"),
+            request("GET /x", host="c.example"),
+            request("HEAD /"),
+            request("POST /", "Content-Length: 5", body=b"hello"),
+        ):
+            answer = client.ask(raw)
+            assert (answer.status, answer.closes) == (404, False)
+            for inner in (b"kernel", b"inside", b"127.0.0.1", str(stage.up.port).encode()):
+                assert inner not in answer.head + answer.body
+            assert answer.get("cache-control") == b"no-store"
+        assert stage.up.connections == 0
+        assert client.ask(request("GET /", host="c.example")).status == 200
+        assert client.ask(request("GET /x/../inside")).status == 200
+        stage.check()
+
+
 def test_10_to_a_client_of_http_1_0_the_connection_is_closed_behind_the_answer(stage: Stage) -> None:
     client = stage.client()
     answer = client.ask(request("GET / HTTP/1.0", host=None))

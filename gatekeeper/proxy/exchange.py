@@ -16,8 +16,8 @@ from gatekeeper.proxy.wire import (
     LAST_CHUNK,
     LONGEST_RESPONSE_HEAD,
     UNTIL_CLOSE,
+    WHOLE,
     Body,
-    LengthBody,
     ResponseHead,
     WireError,
     WireRequest,
@@ -293,7 +293,7 @@ class Exchange(WireRequest, Ticket):
         connection.exchange = self
         upstream = connection.upstream
         lines = [
-            b"%b %b HTTP/1.1" % (self.verb, self.target),
+            self.verb + b" " + self.target + b" HTTP/1.1",
             b"Host: " + (self.host if self.host is not None else upstream.authority),
             *self.lines,
         ]
@@ -362,11 +362,19 @@ class Exchange(WireRequest, Ticket):
                 return
 
     def _begin_answer(self, head: ResponseHead, data: bytes) -> None:
-        self.head = head
-        self.sent = head.status
-        client = self.client
         length = head.length
-        answer = self.answer = LengthBody(length) if length >= 0 else response_body(length)
+        if length == len(data):
+            answer: Body = WHOLE
+            piece = data
+        else:
+            answer = response_body(length)
+            try:
+                piece = answer.take(data)
+            except WireError:
+                self._bad("http_protocol_error")
+                return
+        self.head, self.answer, self.sent, self.moved = head, answer, head.status, len(piece)
+        client = self.client
         # An answer before the end of an upload ends the upload: the client is to read it, and not to go on.
         self.keeps = self.keeps_alive and self.body.is_done and not client.is_last
         lines = [b"HTTP/1.1 " + head.reason, *head.lines]
@@ -387,19 +395,6 @@ class Exchange(WireRequest, Ticket):
             lines.append(b"Connection: close")
         elif self.is_old:
             lines.append(b"Connection: keep-alive")
-        if not length:
-            answer.rest = data
-            lines += (b"", b"")
-            client.transport.write(b"\r\n".join(lines))
-            self._end(head.status, ended=True)
-            return
-        try:
-            piece = answer.take(data) if data else b""
-        except WireError:
-            self.head, self.answer, self.sent = None, None, 0
-            self._bad("http_protocol_error")
-            return
-        self.moved = len(piece)
         if self.in_chunks:
             piece = chunk(piece) + LAST_CHUNK if answer.is_done else chunk(piece)
         lines += (b"", piece)

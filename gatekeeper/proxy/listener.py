@@ -179,7 +179,8 @@ class ClientConnection(Timed, asyncio.Protocol):
     """One client. Its requests are served one after the other; what comes early waits, and then is not read."""
 
     __slots__ = (
-        "_advancing", "_blanks", "_holds", "_is_begun", "_lingers", "_listener", "_searched", "_told", "_unsent",
+        "_advancing", "_blanks", "_holds", "_is_begun", "_lingers", "_listener", "_searched", "_told", "_told_host",
+        "_unsent",
         "buffer", "exchange", "is_full", "is_last", "is_trusted", "peer", "transport",
     )  # fmt: skip
 
@@ -202,6 +203,7 @@ class ClientConnection(Timed, asyncio.Protocol):
         self._holds = 0
         self._unsent = 0
         self._told: list[bytes] | None = None
+        self._told_host = b""
 
     @property
     def front(self) -> Front:
@@ -317,10 +319,14 @@ class ClientConnection(Timed, asyncio.Protocol):
                 hop += b';host="%b"' % host.replace(b'"', b"")
             return [*_joined(exchange, b"forwarded", hop, self.is_trusted)]
         if self._told is None:
-            self._told = [b"X-Forwarded-For: " + peer.encode()] if peer else []
-            self._told.append(b"X-Forwarded-Proto: http")
+            self._told = [b"X-Forwarded-Proto: http"]
+            if peer:
+                self._told.append(b"X-Forwarded-For: " + peer.encode())
         if not self.is_trusted or not exchange.claims:
-            return [*self._told, b"X-Forwarded-Host: " + host] if host else self._told
+            if host != self._told_host:  # a client asks for the same host again and again
+                self._told_host = host
+                self._told[1 + bool(peer) :] = [b"X-Forwarded-Host: " + host] if host else []
+            return self._told
         lines = _joined(exchange, b"x-forwarded-for", peer.encode(), True)
         named = {field.name for field in exchange.claims}
         if b"x-forwarded-proto" not in named:
