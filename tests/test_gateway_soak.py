@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter
@@ -332,7 +333,10 @@ def by_h11(data: bytes) -> list[tuple[bytes, bytes, bool]]:
                 connection.receive_data(rest)
             else:
                 return found
-    except h11.RemoteProtocolError:
+    except h11.RemoteProtocolError as error:
+        if found and not found[-1][2] and re.search("Content-Length|Transfer-Encoding", str(error), re.IGNORECASE):
+            # It reads the fields of trailers as if they counted. The body before them was whole.
+            found[-1] = (*found[-1][:2], True)
         return found
 
 

@@ -6,8 +6,10 @@ worker is a fresh process: a fork of one that ran an event loop, or threads, wou
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import select
 import signal
 import socket
 import stat
@@ -39,12 +41,13 @@ def serve(file: Path, listen: str | None = None) -> int:
     except ValueError as error:
         raise SettingsError([f"--listen: {error}"]) from None
     server = bind(address)
+    bound = None if isinstance(address, TcpAddress) else os.stat(address.path)
     try:
         return _Parent(file, server, told(server, address)).run()
     finally:
         server.close()
-        if not isinstance(address, TcpAddress):
-            Path(address.path).unlink(missing_ok=True)
+        if bound is not None and not isinstance(address, TcpAddress):
+            _remove_ours(address.path, bound)
 
 
 class _Parent:
@@ -68,11 +71,24 @@ class _Parent:
         theirs.close()
         if self._signals:  # it came before there was anybody to pass it to
             self._pass_on()
-        with ours:
-            if ours.recv(1):
-                sys.stderr.write(f"listening on {self._address}\n")
-                sys.stderr.flush()
+        # A signal that falls between the interpreter's last look and a call that blocks is noticed only when that
+        # call returns. So nothing blocks here but a select that the signal itself wakes.
+        woken, wakes = socket.socketpair()
+        woken.setblocking(False)
+        wakes.setblocking(False)
+        before = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+        with ours, woken, wakes:
+            while True:
+                ready, _, _ = select.select([ours, woken], [], [])
+                if woken in ready:
+                    woken.recv(4096)
+                if ours in ready:
+                    if not ours.recv(1):  # the worker's end is closed: it is gone
+                        break
+                    sys.stderr.write(f"listening on {self._address}\n")
+                    sys.stderr.flush()
             status = self._worker.wait()
+            signal.set_wakeup_fd(before)
         if self._signals:
             return 0 if self._signals == 1 and status in (0, -signal.SIGTERM) else 1
         sys.stderr.write(f"the worker ended by itself, with status {status}\n")
@@ -122,6 +138,13 @@ def _bind_unix(path: str) -> socket.socket:
         server.close()
         raise
     return server
+
+
+def _remove_ours(path: str, bound: os.stat_result) -> None:
+    """Remove the socket that was bound, unless a successor has put its own in its place."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat(path), bound):
+            os.unlink(path)
 
 
 def _remove_stale(path: str) -> None:

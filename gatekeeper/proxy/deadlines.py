@@ -76,5 +76,9 @@ class Deadlines:
                     self._put(thing)
                 else:
                     thing.deadline = 0.0
-                    thing.expired()
+                    try:
+                        thing.expired()
+                    except Exception as error:  # or no deadline of anything would ever come again
+                        what = {"message": "a deadline was not handled", "exception": error}
+                        self._loop.call_exception_handler(what)
         self._timer = self._loop.call_later(GRAIN, self._turn) if self._slots else None

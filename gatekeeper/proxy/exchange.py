@@ -247,7 +247,11 @@ class Exchange(WireRequest, Ticket):
 
     def _next(self) -> None:
         """Turn to the next upstream in the order of preference."""
-        upstream = next(self.candidates, None)
+        try:
+            upstream = next(self.candidates, None)
+        except Exception:  # of a policy of the user's own
+            self._failed()
+            return
         if upstream is None:
             if self.timed_out:
                 self._own(504, error="connection_timeout")

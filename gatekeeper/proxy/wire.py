@@ -558,7 +558,8 @@ class ChunkedBody(Body):
             else:
                 end = data.find(b"\r\n", at)
                 bound = LONGEST_EXTENSION + 18 if self._state == _SIZE else LONGEST_TRAILERS - self._trailers
-                if (size if end < 0 else end) - at > bound:
+                # Of a line that is not whole a CR at the end may be half of its line end.
+                if (end if end >= 0 else size - (data[-1] == 0x0D)) - at > bound:
                     raise WireError(self._status, "chunk extension or trailers too long")
                 if end < 0:
                     if b"\n" in data[at:] or b"\r" in data[at : size - 1]:
