@@ -21,7 +21,7 @@ from typing import Final
 
 from gatekeeper.errors import GatekeeperError, SettingsError
 from gatekeeper.keeper import Gatekeeper
-from gatekeeper.settings import Address, TcpAddress, parse_address
+from gatekeeper.settings import Address, TcpAddress, parse_address, warnings
 
 BACKLOG: Final = 2048
 _WORKER: Final = "from gatekeeper.gateway.worker import main; main()"
@@ -36,6 +36,8 @@ def serve(file: Path, listen: str | None = None) -> int:
     settings = Gatekeeper(file).settings
     if not settings.routes:
         raise SettingsError([f"{file}: routes: expected at least one route to a pool"])
+    for warning in warnings(settings):
+        sys.stderr.write(f"warning: {warning}\n")
     try:
         address = parse_address(settings.listen.address if listen is None else listen)
     except ValueError as error:
@@ -101,6 +103,7 @@ class _Parent:
 
     def _pass_on(self) -> None:
         assert self._worker is not None
+        self._server.close()  # the worker closes its own: from here on new connections are refused
         self._worker.send_signal(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
 
 

@@ -61,7 +61,9 @@ def _access_log(write: Callable[[str], object]) -> Callable[[Exchange, int], Non
         path = exchange.target.partition(b"?")[0].decode("ascii")  # a query may hold secrets
         seconds = time.monotonic() - exchange.started
         method = exchange.verb.decode("ascii")
-        write(f"{exchange.peer or '-'} {method} {path} {status} {exchange.moved} {seconds:.3f}\n")
+        # Whom it was counted as; where it was refused before that was known, the peer.
+        address = getattr(exchange, "address", None) or exchange.peer or "-"
+        write(f"{address} {method} {path} {status} {exchange.moved} {seconds:.3f}\n")
 
     return log
 
@@ -84,6 +86,7 @@ async def work(keeper: Gatekeeper, server: socket.socket, control: socket.socket
     await stop.wait()
     loop.remove_reader(control)
     acceptor.close()
+    server.close()  # the acceptor had a duplicate: the last one must go for connections to be refused
     await listener.drain(keeper.settings.listen.drain_timeout / _SECOND)
     await front.aclose()
     await keeper.aclose()

@@ -126,7 +126,7 @@ def _methods(text: str) -> frozenset[str]:
     if not all(_TOKEN.fullmatch(method) for method in methods):
         raise PatternError(f"expected {EXPECTED}")
     for method in set(methods) - _METHODS:
-        near = difflib.get_close_matches(method, _METHODS, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(method, _METHODS, n=1, cutoff=0.7)
         if near:  # a rule for a method that is never sent would limit nothing, and nobody would know
             raise PatternError(f"expected a method; did you mean {near[0]}?")
     return frozenset([*methods, "HEAD"] if "GET" in methods else methods)

@@ -51,23 +51,25 @@ class Exchange(WireRequest, Ticket):
 
     # Slots: there are more attributes than CPython keeps compact in an instance's dictionary.
     __slots__ = (
-        "address", "answer", "arrived", "asked_user", "body", "body_taken", "candidates", "claims", "client",
-        "connection", "destination", "ended", "expects", "front", "gate", "head", "hits", "host",
-        "in_chunks", "interim", "is_forwarded", "is_old", "is_open", "is_over", "keeps", "keeps_alive", "length",
-        "limited", "lines", "mark", "max_forwards", "method", "moved", "native", "outer", "partial", "path", "peer",
-        "pending", "readings", "refused", "repeats", "replaced", "rules", "sent", "started", "target", "task",
-        "term", "timed_out", "upstream", "user", "verb", "verdicts", "via",
+        "address", "answer", "arrived", "body", "body_taken", "candidates", "claims", "client", "connection",
+        "destination", "expects", "front", "gate", "head", "hits", "host", "in_chunks", "is_forwarded", "is_old",
+        "is_open", "is_over", "keeps", "keeps_alive", "length", "lines", "mark", "max_forwards", "method", "moved",
+        "native", "now", "partial", "path", "peer", "pending", "readings", "refused", "replaced", "rules", "sent",
+        "target", "task", "term", "upstream", "verb", "verdicts", "via",
     )  # fmt: skip
+
+    # What few exchanges need is of the class until it is set.
+    started = 0.0  # when, if it is logged
+    timed_out = False  # the last upstream that was turned to did not answer in time
+    repeats = 0  # how often it was sent again
+    interim = 0  # how many 1xx came before the response
 
     def __init__(self, client: ClientConnection, front: Front) -> None:
         self.client = client
         self.front = front
         self.peer: str | None = client.peer
         # Of the ticket
-        self.user: str | None = None
         self.refused = self.sent = 0
-        self.ended = self.asked_user = False
-        self.limited = self.outer = None
         self.rules = self.hits = self.verdicts = ()
         self.is_open = False
         # Of the request
@@ -83,13 +85,10 @@ class Exchange(WireRequest, Ticket):
         self.term = 0  # of the upstream's health, when it was turned to
         self.connection: UpstreamConnection | None = None
         self.task: asyncio.Task[None] | None = None
-        self.repeats = 0
-        self.timed_out = False
         # Of the response
         self.head: ResponseHead | None = None
         self.answer: Body | None = None  # its body, as it comes in
         self.partial = b""  # of its head
-        self.interim = 0  # how many 1xx came before it
         self.in_chunks = False  # how it goes out
         self.moved = 0  # bytes of its body
         self.mark = 0  # how many bytes, of either body, had moved when progress was looked at last
@@ -101,7 +100,8 @@ class Exchange(WireRequest, Ticket):
     def begin(self, data: bytes) -> None:
         """The head was read; `data` is what came behind it."""
         front = self.front
-        self.started = 0.0 if front.access_log is None else time.monotonic()
+        if front.access_log is not None:
+            self.started = time.monotonic()
         self.body = request_body(self.length)
         if self.length > front.max_body:
             self._own(413)
@@ -232,7 +232,8 @@ class Exchange(WireRequest, Ticket):
             self._own(400)
             return
         self.destination = destination
-        self.candidates = front.gate.choose(self, destination, front.now_ns(), random())  # noqa: S311
+        self.now = front.now_ns()
+        self.candidates = front.gate.choose(self, destination, self.now, random())  # noqa: S311
         self._next()
 
     def _objection(self) -> int:
@@ -263,7 +264,7 @@ class Exchange(WireRequest, Ticket):
     def _turn_to(self, upstream: Upstream, *, fresh: bool) -> None:
         assert self.destination is not None
         self.upstream = upstream
-        self.term = self.destination.pool.take(upstream, self.front.now_ns())
+        self.term = self.destination.pool.take(upstream, self.now)
         connection = None if fresh else self.front.connections.kept(upstream)
         if connection is not None:
             self._send(connection)
@@ -278,6 +279,7 @@ class Exchange(WireRequest, Ticket):
             self.task = None
             if self.is_over:
                 return
+            self.now = self.front.now_ns()
             self.timed_out = isinstance(error, TimeoutError)
             self._report(False)
             self._let_go()
@@ -385,7 +387,7 @@ class Exchange(WireRequest, Ticket):
         if self.hits:
             lines += [name + b": " + value for name, value in self.front.gate.respond(self)]
         if length > 0:
-            lines.append(b"Content-Length: %d" % length)
+            lines.append(b"Content-Length: " + str(length).encode())
         elif not length:
             told = head.told if self.verb == b"HEAD" or head.status == 304 else 0
             if told is not None and head.status != 204:
@@ -457,6 +459,7 @@ class Exchange(WireRequest, Ticket):
                     self._report(False)
                 self._let_go()
                 self.is_forwarded = False
+                self.now = self.front.now_ns()
                 self._turn_to(following, fresh=connection.is_reused)
                 return
         self._bad("connection_terminated")
@@ -515,9 +518,10 @@ class Exchange(WireRequest, Ticket):
         front = self.front
         connection, self.connection = self.connection, None
         if connection is not None:
-            if ended and self.head is not None and not (self.upstream and self.upstream.health.is_spotless):
+            health = connection.upstream.health
+            if ended and self.head is not None and (health.failures or health.closed_until):  # else it is no news
                 self._report(True)
-            if ended and self.is_forwarded and self._may_keep():
+            if ended and self.is_forwarded and self._may_keep(connection):
                 if self.client.is_full:  # its last bytes filled the client: who takes it next must be able to read
                     connection.transport.resume_reading()
                 assert self.destination is not None
@@ -534,10 +538,12 @@ class Exchange(WireRequest, Ticket):
         self.client.done(self)
         self.native = None
 
-    def _may_keep(self) -> bool:
-        """Whether the upstream's connection is at the end of a response, and goes on."""
+    def _may_keep(self, connection: UpstreamConnection) -> bool:
+        """Whether the upstream's connection is at the end of a response, and of its request, and goes on."""
         head, answer = self.head, self.answer
         if head is None or answer is None or head.length == UNTIL_CLOSE:
+            return False
+        if self.body_taken and connection.transport.get_write_buffer_size():
             return False
         return head.keeps_alive and answer.is_done and not answer.rest
 

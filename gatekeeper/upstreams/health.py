@@ -83,11 +83,6 @@ class Health:
     def is_healthy(self) -> bool:
         return self.state is State.HEALTHY
 
-    @property
-    def is_spotless(self) -> bool:
-        """Whether a success would tell nothing new."""
-        return not (self.failures or self.closed_until)
-
     def taken(self, now: int) -> int:
         """A request is sent at `now`. Returns the term, for `observe`."""
         if self.closed_until and now >= self.closed_until:
