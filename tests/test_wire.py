@@ -97,7 +97,7 @@ def test_a_head_is_read_into_what_goes_on_and_what_does_not() -> None:
     assert [(field.name, field.value) for field in request.claims] == [(b"x-forwarded-for", b"192.0.2.1")]
     assert request.via == [b"1.1 other"]
     assert (request.length, request.keeps_alive, request.is_old, request.expects) == (12, True, False, True)
-    assert (request.max_forwards, request.readings) == (b"7", ())
+    assert (request.max_forwards, request.readings) == (None, ())  # it is for OPTIONS
     assert request.fields("accept") == ["text/html", "text/plain"]
     assert request.field("accept") == "text/html,text/plain"
     assert (request.field("x_user"), request.field("x-user"), request.fields("none")) == (None, None, [])
@@ -961,3 +961,16 @@ def test_lines_with_secrets_are_not_remembered(name: str) -> None:
         answered("200 OK", *fields)
 
     assert grown(once, 40) < 100_000
+
+
+@pytest.mark.parametrize(("came", "goes"), [("5", "4"), ("1", "0"), ("007", "6")])
+def test_an_options_has_one_hop_less_to_go(came: str, goes: str) -> None:
+    request = read(head("OPTIONS /", f"Max-Forwards: {came}"))
+    assert (request.max_forwards, told(request.lines)) == (int(came), [f"Max-Forwards: {goes}"])
+    assert told(read(head("GET /", f"Max-Forwards: {came}")).lines) == [f"Max-Forwards: {came}"]
+
+
+@pytest.mark.parametrize("fields", [["-1"], ["x"], [""], ["1" * 19], ["1", "1"]])
+def test_hops_that_are_not_one_number_are_refused(fields: list[str]) -> None:
+    with pytest.raises(WireError):
+        read(head("OPTIONS /", *(f"Max-Forwards: {value}" for value in fields)))

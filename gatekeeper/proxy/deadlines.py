@@ -35,7 +35,7 @@ class Deadlines:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._slots: dict[int, list[Timed]] = {}
+        self._slots: dict[int, set[Timed]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._at = 0
 
@@ -46,7 +46,15 @@ class Deadlines:
             self._put(thing)
 
     def clear(self, thing: Timed) -> None:
+        """Let the thing not expire, until it is given another deadline."""
         thing.deadline = 0.0
+
+    def forget(self, thing: Timed) -> None:
+        """Hold the thing no longer: it is gone."""
+        thing.deadline = 0.0
+        if thing.slot in self._slots:
+            self._slots[thing.slot].discard(thing)
+        thing.slot = _NEVER
 
     def close(self) -> None:
         if self._timer is not None:
@@ -56,7 +64,7 @@ class Deadlines:
 
     def _put(self, thing: Timed) -> None:
         thing.slot = slot = int(thing.deadline * _PER_SECOND) + 1
-        self._slots.setdefault(slot, []).append(thing)
+        self._slots.setdefault(slot, set()).add(thing)
         if self._timer is None:
             self._at = int(self._loop.time() * _PER_SECOND)
             self._timer = self._loop.call_later(GRAIN, self._turn)

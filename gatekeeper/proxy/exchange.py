@@ -73,7 +73,7 @@ class Exchange(WireRequest, Ticket):
         self.rules = self.hits = self.verdicts = ()
         self.is_open = False
         # Of the request
-        self.max_forwards: bytes | None = None
+        self.max_forwards: int | None = None
         self.readings: tuple[str, ...] = ()
         self.pending = b""  # of its body, as it goes on, until there is a connection
         self.arrived = 0  # bytes of its body
@@ -111,6 +111,7 @@ class Exchange(WireRequest, Ticket):
         if self.is_over:
             return
         if front.awaits:
+            self._wait_for_body()
             self.task = front.loop.create_task(self._admit())
             return
         try:
@@ -119,6 +120,13 @@ class Exchange(WireRequest, Ticket):
             self._failed()
             return
         self._admitted()
+
+    def _wait_for_body(self) -> None:
+        """While it is decided, and connected, only the client may be late: what we do has bounds of its own."""
+        if self.body.is_done:
+            self.front.deadlines.clear(self.client)
+        else:
+            self.client.wait(self.front.body_timeout)
 
     async def _admit(self) -> None:
         try:
@@ -202,7 +210,9 @@ class Exchange(WireRequest, Ticket):
             # A client must keep to the least rate; an upstream that is full must take anything at all.
             if taken - before >= (1 if self.client.is_held else max(1.0, front.least_rate * front.body_timeout)):
                 self.client.wait(front.body_timeout)
-            elif self.client.is_held or self.body.is_done:
+            elif self.connection is None and self.client.is_held:
+                self._wait_for_body()  # enough of it is here until there is a connection
+            elif self.client.is_held:
                 self._report(False)
                 self._own(504, error="http_response_timeout")
             else:
@@ -242,7 +252,7 @@ class Exchange(WireRequest, Ticket):
             return 405
         if any(self.front.pseudonym in value for value in self.via):
             return 508
-        if self.target == b"*" or (self.method == "OPTIONS" and self.max_forwards == b"0"):
+        if self.target == b"*" or (self.method == "OPTIONS" and self.max_forwards == 0):
             return 204
         return 0
 
@@ -269,6 +279,7 @@ class Exchange(WireRequest, Ticket):
         if connection is not None:
             self._send(connection)
         else:
+            self._wait_for_body()
             self.task = self.front.loop.create_task(self._connect(upstream))
 
     async def _connect(self, upstream: Upstream) -> None:
@@ -462,7 +473,9 @@ class Exchange(WireRequest, Ticket):
                 self.now = self.front.now_ns()
                 self._turn_to(following, fresh=connection.is_reused)
                 return
-        self._bad("connection_terminated")
+        if self.is_forwarded or self.client.is_held:  # else it may have tired of a client that does not go on
+            self._report(False)
+        self._own(502, error="connection_terminated")
 
     # The end
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import logging
 import re
 import socket
 import struct
+import termios
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, Literal, cast
@@ -228,14 +231,14 @@ class ClientConnection(Timed, asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.more(data)
         elif not self._lingers:
-            self._is_begun = bool(self.buffer)
             self._searched = len(self.buffer)
             self.buffer = self.buffer + data if self.buffer else data
             self._advance()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.deadline = 0.0
+        self.front.deadlines.forget(self)
         self._lingers = True
+        self.buffer = b""
         self._listener.left(self)
         if self.exchange is not None:
             self.exchange.client_left()
@@ -243,10 +246,11 @@ class ClientConnection(Timed, asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.is_full = True
-        self._unsent = self.transport.get_write_buffer_size()
+        self._unsent = self._not_taken()
         if self.exchange is not None:
             self.exchange.client_full(True)
-        self.wait(self.front.body_timeout)
+        if self.exchange is None or self.exchange.head is not None:
+            self.wait(self.front.body_timeout)
 
     def resume_writing(self) -> None:
         self.is_full = False
@@ -264,24 +268,38 @@ class ClientConnection(Timed, asyncio.Protocol):
     def expired(self) -> None:
         if self._lingers or self.transport.is_closing():
             # The last of what was written may still be on its way to a slow reader.
-            if self.transport.get_write_buffer_size() and self.drained(1):
+            if self._unsent and self.drained(1):
                 self.wait(self.front.body_timeout)
             else:
                 self.abort()
         elif self.exchange is not None:
             self.exchange.expired()
+        elif self.is_full:
+            if self.drained(self.front.least_rate * self.front.body_timeout):
+                self.wait(self.front.body_timeout)
+            else:
+                self.reset()
         elif self.buffer.strip(b"\r\n"):
             self._refuse(408)
-        elif self.is_full:
-            self.abort()
         else:
             self._close()
 
     def drained(self, least: float) -> bool:
         """Whether the client has read so many bytes since this was last asked."""
-        unsent = self.transport.get_write_buffer_size()
+        unsent = self._not_taken()
         moved, self._unsent = self._unsent - unsent, unsent
         return moved > 0 and moved >= least
+
+    def _not_taken(self) -> int:
+        """Bytes that were written and the client has not acknowledged: those that wait here, and in the kernel."""
+        server = self.transport.get_extra_info("socket")
+        queued = 0
+        if server is not None:
+            # The kernel takes megabytes, and asks for more only when much of it is gone: slow readers would seem to
+            # read nothing for a long time.
+            with contextlib.suppress(OSError):
+                (queued,) = struct.unpack("i", fcntl.ioctl(server.fileno(), termios.TIOCOUTQ, bytes(4)))
+        return self.transport.get_write_buffer_size() + int(queued)
 
     # The exchange's
 
@@ -389,6 +407,7 @@ class ClientConnection(Timed, asyncio.Protocol):
                 if data[0] == 0x0D:  # an empty line before a request line is let pass (RFC 9112, 2.2)
                     if data[:2] == b"\r\n" and self._blanks < _MOST_BLANKS:
                         self._blanks += 1
+                        self._searched = 0
                         self.buffer = data[2:]
                         continue
                     if data == b"\r":
@@ -396,7 +415,7 @@ class ClientConnection(Timed, asyncio.Protocol):
                 self._blanks = 0
                 if self._holds:
                     self.hold(FULL, False)
-                end = data.find(b"\r\n\r\n")
+                end = data.find(b"\r\n\r\n", max(0, self._searched - 3))
                 if end < 0 or end > front.max_head:
                     self._incomplete(data, front)
                     return
@@ -411,6 +430,7 @@ class ClientConnection(Timed, asyncio.Protocol):
                         line for line in exchange.lines if line.partition(b":")[0].lower() not in front.distrusted
                     ]
                 self.buffer = b""
+                self._is_begun, self._searched = False, 0
                 self.exchange = exchange
                 exchange.begin(data[end + 4 :])
         finally:
@@ -450,7 +470,7 @@ class ClientConnection(Timed, asyncio.Protocol):
                 self.transport.resume_reading()
         else:
             self.transport.close()
-        self._unsent = self.transport.get_write_buffer_size()
+        self._unsent = self._not_taken() if self.transport.get_write_buffer_size() else 0
         self.wait(self.front.body_timeout if self._unsent else LINGER)
 
 

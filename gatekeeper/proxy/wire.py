@@ -181,7 +181,7 @@ class WireRequest:
     keeps_alive: bool
     is_old: bool
     expects: bool
-    max_forwards: bytes | None = None
+    max_forwards: int | None = None
     readings: tuple[str, ...] = ()
 
     def read(self, head: bytes, most_fields: int = 100) -> None:
@@ -270,8 +270,12 @@ class WireRequest:
             if value.lower() != b"100-continue":
                 raise WireError(417, "unknown expectation")
             self.expects = not self.is_old
-        elif name == b"max-forwards":
-            self.max_forwards = value
+        elif name == b"max-forwards" and self.method == "OPTIONS":  # one less for the next (RFC 9110, 7.6.2)
+            if self.max_forwards is not None or not value.isdigit() or len(value) > _MOST_DIGITS:
+                raise WireError(400, "Max-Forwards is not one number")
+            self.max_forwards = int(value)
+            self.lines.append(b"Max-Forwards: %d" % max(0, self.max_forwards - 1))
+        elif name == b"max-forwards":  # it means nothing there
             self.lines.append(line)
 
     def _frame(self, framing: list[tuple[bytes, bytes]]) -> None:
