@@ -195,10 +195,16 @@ class Limiter:
             store = make()
         self.store: Store = _checked_store(store)
         self._limits: dict[str | tuple[str, str], tuple[Limit, ...]] = {}
+        self._plain: dict[str, Limit] = {}  # of them those by rate alone, where it is one
 
     def hit(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
         """Spend `cost` units if all rates allow it. The verdict is the tightest rate's."""
-        replies = self.store.ask(self._batch(rate, key, cost, name))
+        limit = self._plain.get(rate) if name is None and cost is _ONE else None
+        if limit is not None and key.__class__ is str and len(key) <= LONGEST_KEY:
+            hits: Hits = [(limit, key, 1)]
+        else:
+            hits = self._batch(rate, key, cost, name)
+        replies = self.store.ask(hits)
         verdict = replies[0]
         return verdict if len(replies) == 1 and verdict.__class__ is Verdict else _tightest(replies)
 
@@ -251,6 +257,9 @@ class Limiter:
             limits = Rule(name, rates, algorithm=self._algorithm).limits
         if len(self._limits) >= _REMEMBERED:
             self._limits.clear()
+            self._plain.clear()
+        if name is None and len(limits) == 1:
+            self._plain[rate] = limits[0]
         self._limits[rate if name is None else (name, rate)] = limits
         return limits
 

@@ -19,6 +19,7 @@ from gatekeeper.ratelimit.rates import Rate
 
 NS: Final = 1_000_000_000
 _HEAD: Final = (1 << 48) - 1
+_OLDEST: Final = 64 << 8  # the age of the oldest hits that count, as the difference of two heads
 _TAT: Final = (1 << 64) - 1
 
 
@@ -63,7 +64,7 @@ class SlidingWindow:
     """
 
     __slots__ = (
-        "_low", "_mask", "_nines", "_one", "_tick", "_tick_ns", "_width", "_young", "lifetime_ns", "limit",
+        "_base", "_low", "_mask", "_nines", "_one", "_tick", "_tick_ns", "_width", "_young", "lifetime_ns", "limit",
         "window_ns",
     )  # fmt: skip
 
@@ -78,7 +79,8 @@ class SlidingWindow:
         self._width = width = (limit + 1).bit_length()
         self._nines = (1 << width) - 1  # B − 1: the greatest digit, too
         self._mask = (1 << width * (self.TICKS + 1)) - 1
-        self._low = (1 << 48 + width) - 1  # the sum, the tick and the width
+        self._base = 48 + width  # where the log begins
+        self._low = (1 << self._base) - 1  # the sum, the tick and the width
         self._one = 1 << 48 + width | 1 << 48  # a hit of this tick: one more there, and in the sum
         self._young = (1 << 48 + 2 * width) - 1  # above it are hits of earlier ticks
         self._tick = self._tick_of(0)
@@ -92,9 +94,15 @@ class SlidingWindow:
             aged, spent = head, 0
         else:
             low = aged & self._low
-            spent = low >> 48
-            if low & _HEAD != head:
+            age = head - (low & _HEAD)
+            if not age:
+                spent = low >> 48
+            elif age & 0xFF or not 0 < age <= _OLDEST:
                 aged, spent, head, expires = self._aged(aged, head, expires)
+            else:
+                log = (aged >> self._base) << (age >> 8) * self._width & self._mask
+                spent = log % self._nines
+                aged = log << self._base | spent << 48 | head
         limit = self.limit
         left = limit - spent - cost
         if left >= 0:
@@ -143,9 +151,9 @@ class SlidingWindow:
         return start, start + self._tick_ns, tick << 8 | self._width, start + self.lifetime_ns
 
     def _aged(self, state: int, head: int, expires: int) -> tuple[int, int, int, int]:
-        """A state written in another tick, as it is in the tick of `head`: with its sum, and with the last two.
+        """A state as it is in the tick of `head`, whatever tick it was written in: with its sum, and the last two.
 
-        They differ from what was asked where another process's clock is ahead of ours: then time stands still
+        Those differ from what was asked where another process's clock is ahead of ours: then time stands still
         until we are there.
         """
         written = state & _HEAD
