@@ -100,7 +100,7 @@ class Rule:
     """
 
     __slots__ = (
-        "_parts", "by_address", "cost", "gives_back", "is_special", "limits", "name", "needs_user", "on_error",
+        "_parts", "by_address", "cost", "gives_back", "limits", "name", "needs_user", "on_error",
         "pattern", "preflights", "route",
     )  # fmt: skip
 
@@ -129,7 +129,6 @@ class Rule:
         self.gives_back = frozenset(gives_back)
         self.preflights = preflights
         self.needs_user = "user" in keys
-        self.is_special = self.needs_user or bool(gives_back)
         self._parts = tuple(key_part(text, self.route) for text in keys)
         # The usual key, for which `key` need not be called.
         self.by_address = tuple(keys) == ("ip",)
