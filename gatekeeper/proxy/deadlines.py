@@ -35,7 +35,7 @@ class Deadlines:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._slots: dict[int, set[Timed]] = {}
+        self._slots: dict[int, dict[Timed, None]] = {}  # in the order in which they came, unlike a set
         self._timer: asyncio.TimerHandle | None = None
         self._at = 0
 
@@ -53,7 +53,7 @@ class Deadlines:
         """Hold the thing no longer: it is gone."""
         thing.deadline = 0.0
         if thing.slot in self._slots:
-            self._slots[thing.slot].discard(thing)
+            self._slots[thing.slot].pop(thing, None)
         thing.slot = _NEVER
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class Deadlines:
 
     def _put(self, thing: Timed) -> None:
         thing.slot = slot = int(thing.deadline * _PER_SECOND) + 1
-        self._slots.setdefault(slot, set()).add(thing)
+        self._slots.setdefault(slot, {})[thing] = None
         if self._timer is None:
             self._at = int(self._loop.time() * _PER_SECOND)
             self._timer = self._loop.call_later(GRAIN, self._turn)
