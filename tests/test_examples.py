@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import re
@@ -484,14 +485,15 @@ def test_no_request_fails_when_a_service_is_killed_before_it_answers(stage: Stag
 
 def test_a_service_that_was_killed_is_let_in_again(stage: Stage) -> None:
     os.kill(stage.pids["b"], signal.SIGKILL)
+    clients = (f"192.0.2.{number % 250}" for number in itertools.count())  # each has a quota of its own
     while "upstream b is ejected" not in stage.output:
-        assert stage.service("GET", "/")[0] == 200
+        assert stage.service("GET", "/", X_Forwarded_For=next(clients))[0] == 200
     again = stage.lines()[-1].split()
     assert again[-2:] == ["b", str(stage.ports["b"])]
     with subprocess.Popen([sys.executable, *again[1:]], cwd=ROOT) as service:
         try:
             deadline = time.monotonic() + PATIENCE
-            while (answer := stage.service("GET", "/")) != (200, "b"):
+            while (answer := stage.service("GET", "/", X_Forwarded_For=next(clients))) != (200, "b"):
                 assert answer[0] == 200
                 assert time.monotonic() < deadline
         finally:
