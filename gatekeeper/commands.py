@@ -95,6 +95,26 @@ class Limit(Protocol):
     def lifetime_ns(self) -> int:
         """How long after the last step a state can still matter."""
 
+    @property
+    def kind(self) -> str:
+        """Names the algorithm, for a store that carries it out itself (as Redis does)."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All the numbers that the algorithm of that kind needs; times are in nanoseconds."""
+
+    @property
+    def shadow(self) -> bool:
+        """Whether its refusals are but told: the other hits of the batch are spent all the same."""
+
+    @property
+    def refusals_last(self) -> bool:
+        """Whether a refusal stands until its wait is over: nothing is given back or reset before."""
+
+    @property
+    def listed(self) -> bool:
+        """Whether its keys can be listed: a store keeps their text then."""
+
 
 Hit: TypeAlias = tuple[Limit, str, int]
 """(limit, key, cost). A bare tuple, for one is built for each rate of each request."""
@@ -108,10 +128,11 @@ Hits: TypeAlias = list[Hit]
 
 
 class Batch(Hits):
-    """Commands for one store, carried out in one atomic step: `gives`, then `resets`, then the hits in it.
+    """Commands for one store, carried out in one atomic step: `gives`, `resets`, `takes`, then the hits in it.
 
-    All hits are admitted, or none is spent; with `spend` false they are only looked at. `local` sends the batch
-    to the process's own store, the stand-in while the real one does not answer.
+    All hits are admitted, or none is spent (those of shadow limits apart, which refuse nothing); with `spend`
+    false they are only looked at. A take spends of its cost as much as there is, and has no answer. `local` sends
+    the batch to the process's own store, the stand-in while the real one does not answer.
     """
 
     def __init__(
@@ -120,17 +141,20 @@ class Batch(Hits):
         *,
         gives: Sequence[Give] = (),
         resets: Sequence[tuple[Limit, str]] = (),
+        takes: Sequence[Hit] = (),
         spend: bool = True,
         local: bool = False,
     ) -> None:
         super().__init__(hits)
         self.gives = gives
         self.resets = resets
+        self.takes = takes
         self.spend = spend
         self.local = local
 
     def __repr__(self) -> str:
-        return f"<Batch hits={list(self)} gives={self.gives} resets={self.resets} spend={self.spend}>"
+        told = f"hits={list(self)} gives={self.gives} resets={self.resets} takes={self.takes} spend={self.spend}"
+        return f"<Batch {told}>"
 
 
 Replies: TypeAlias = list[Verdict | StoreError]
@@ -156,7 +180,10 @@ Steps: TypeAlias = Generator[Question, Any, R]
 
 
 class Store(Protocol):
-    """Where counters live. `ask` and `aask` give the same answers; neither raises StoreError: it is a reply."""
+    """Where counters live. `ask` and `aask` give the same answers; neither raises StoreError: it is a reply.
+
+    An `aask` that is cancelled while it waits leaves nothing spent: what the store had carried out it undoes.
+    """
 
     local: bool
     """True if `ask` never waits for another machine, so that it may be called on an event loop."""
@@ -164,6 +191,14 @@ class Store(Protocol):
     def ask(self, batch: Hits) -> Replies: ...
 
     async def aask(self, batch: Hits) -> Replies: ...
+
+    def keys(self, limit: Limit) -> list[str]:
+        """The keys of a `listed` limit that the store holds, in no order; some may have expired.
+
+        Raises StoreError.
+        """
+
+    async def akeys(self, limit: Limit) -> list[str]: ...
 
     def close(self) -> None: ...
 

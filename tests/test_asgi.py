@@ -350,6 +350,12 @@ class Remote:
             await self.slow.wait()
         return self._store.ask(batch)
 
+    def keys(self, limit: Limit) -> list[str]:
+        return self._store.keys(limit)
+
+    async def akeys(self, limit: Limit) -> list[str]:
+        return self._store.keys(limit)
+
     def close(self) -> None:
         self._store.close()
 

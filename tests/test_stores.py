@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatekeeper.commands import Batch, Hit, Store, Verdict
-from gatekeeper.ratelimit.algorithms import ALGORITHMS
+from gatekeeper.ratelimit.algorithms import ALGORITHMS, NS, Algorithm, Concurrency, Penalty
 from gatekeeper.ratelimit.rates import Rate
 from gatekeeper.ratelimit.rules import RateLimit, Rule
 from gatekeeper.stores.memory import MemoryStore
@@ -30,6 +30,11 @@ Make = Callable[[VirtualClock], Store]
 
 def limit(amount: int = 3, period: int = 60, *, name: str = "rule", algorithm: str = "sliding_window") -> RateLimit:
     return Rule(name, [Rate(amount, period)], algorithm=algorithm).limits[0]
+
+
+def bound(algorithm: Algorithm, name: str = "rule") -> RateLimit:
+    rule = Rule(name, [Rate(1, 1)])
+    return RateLimit(rule, name, f"{name}/{algorithm.kind}.{algorithm.version}", algorithm, None)
 
 
 def ask(store: Store, *hits: Hit, spend: bool = True) -> list[Verdict]:
@@ -111,6 +116,116 @@ def test_a_reset_forgets_one_key_of_one_limit(make: Make, algorithm: str) -> Non
     assert ask(store, (one, "a", 1))[0].allowed
     assert not ask(store, (one, "b", 1))[0].allowed
     assert not ask(store, (other, "a", 1))[0].allowed
+
+
+@each_algorithm
+def test_a_take_spends_what_there_is_up_to_its_cost(make: Make, algorithm: str) -> None:
+    store, one = make(VirtualClock()), limit(10, algorithm=algorithm)
+    ask(store, (one, "key", 3))
+    store.ask(Batch(takes=[(one, "key", 5), (one, "other", 2)]))
+    assert ask(store, (one, "key", 1), spend=False)[0].remaining == 1
+    assert ask(store, (one, "other", 1), spend=False)[0].remaining == 7
+    store.ask(Batch(takes=[(one, "key", 5), (one, "other", 999)]))
+    for key in ("key", "other"):
+        verdict = ask(store, (one, key, 1))[0]
+        assert not verdict.allowed
+        assert verdict.remaining == 0
+
+
+@each_algorithm
+def test_part_of_a_hit_may_be_given_back(make: Make, algorithm: str) -> None:
+    store, one = make(VirtualClock()), limit(10, algorithm=algorithm)
+    receipt = ask(store, (one, "key", 8))[0].receipt
+    store.ask(Batch(gives=[(one, "key", 5, receipt)]))
+    assert ask(store, (one, "key", 1), spend=False)[0].remaining == 6
+
+
+@each_algorithm
+def test_a_shadow_refuses_nothing_and_is_unspent_when_another_refuses(make: Make, algorithm: str) -> None:
+    shadow, real = limit(1, name="shadow", algorithm=algorithm), limit(3, name="real", algorithm=algorithm)
+    shadow.shadow = True
+    for batch in itertools.permutations([(shadow, "key", 1), (real, "key", 1)]):
+        store = make(VirtualClock())
+        seen = [
+            {hit[0].name: verdict.allowed for hit, verdict in zip(batch, ask(store, *batch), strict=True)}
+            for _ in range(5)
+        ]
+        assert [one["real"] for one in seen] == [True, True, True, False, False]
+        assert [one["shadow"] for one in seen] == [True, False, False, False, False]
+        ask(store, (real, "other", 3))
+        ask(store, (shadow, "other", 1), (real, "other", 1))
+        assert ask(store, (shadow, "other", 1), spend=False)[0].allowed
+
+
+def test_a_lease_is_held_until_it_is_given_back_or_renewed_no_more(make: Make) -> None:
+    clock = VirtualClock()
+    store, one = make(clock), bound(Concurrency(2, 60))
+    first, second = (ask(store, (one, "key", 1))[0] for _ in range(2))
+    refused = ask(store, (one, "key", 1))[0]
+    assert not refused.allowed
+    assert refused.retry_after == 1
+    store.ask(Batch(gives=[(one, "key", 1, first.receipt)]))
+    first = ask(store, (one, "key", 1))[0]
+    assert first.allowed
+    for _ in range(4):
+        clock.advance(40)
+        renewed = store.ask(Batch([(one, "key", 1)], gives=[(one, "key", 1, second.receipt)]))[0]
+        assert isinstance(renewed, Verdict)
+        assert renewed.allowed
+        second = renewed
+    # The first has not been renewed: its holder is gone.
+    assert [ask(store, (one, "key", 1))[0].allowed for _ in range(2)] == [True, False]
+    store.ask(Batch(gives=[(one, "key", 1, first.receipt), (one, "key", 1, second.receipt)]))
+    assert [ask(store, (one, "key", 1))[0].allowed for _ in range(2)] == [True, False]
+
+
+def test_strikes_ban_a_key_for_longer_each_time_and_are_forgiven_at_last(make: Make) -> None:
+    clock = VirtualClock()
+    store, one = make(clock), bound(Penalty(3, 60 * NS, 10 * NS, 40 * NS))
+    one.listed = True
+
+    def look() -> Verdict:
+        return ask(store, (one, "key", 0))[0]
+
+    def strike(times: int) -> None:
+        for _ in range(times):
+            ask(store, (one, "key", 1))
+
+    for banned in (10, 20, 40, 40):
+        strike(2)
+        assert look().allowed
+        strike(1)
+        assert look().retry_after == banned
+        assert store.keys(one) == ["key"]
+        strike(5)  # what comes during a ban makes it no longer
+        clock.advance(banned - 0.001)
+        assert not look().allowed
+        clock.advance(0.001)
+        assert look().allowed
+    strike(2)
+    clock.advance(60)
+    strike(2)
+    assert look().allowed, "the first two strikes are too long ago"
+    strike(1)
+    assert look().retry_after == 10, "free for 40 s since the last ban"
+    store.ask(Batch(resets=[(one, "key")]))
+    assert look().allowed
+
+
+def test_the_keys_of_a_listed_limit_can_be_listed(make: Make) -> None:
+    store = make(VirtualClock())
+    one, other = bound(Penalty(1, NS, NS, NS)), bound(Penalty(1, NS, NS, NS), "other")
+    one.listed = other.listed = True
+    keys = ["a", "=ключ", "@192.0.2.1", "\0", "with space", "k" * 128]
+    assert store.keys(one) == []
+    for key in keys:
+        ask(store, (one, key, 1))
+    ask(store, (other, "c", 1))
+    assert sorted(store.keys(one)) == sorted(keys)
+    assert sorted(asyncio.run(store.akeys(one))) == sorted(keys)
+    store.ask(Batch(resets=[(one, "a")]))
+    assert sorted(store.keys(one)) == sorted(keys[1:])
+    assert store.keys(other) == ["c"]
 
 
 def test_a_raised_limit_keeps_what_was_used_and_another_algorithm_begins_anew(make: Make) -> None:

@@ -26,6 +26,9 @@ _TAT: Final = (1 << 64) - 1
 class Algorithm(Protocol):
     """An algorithm bound to a rate of `limit` units of cost in `period` seconds."""
 
+    kind: ClassVar[str]
+    """Its name, by which a store that carries it out itself knows it."""
+
     version: ClassVar[int]
     """The version of the state's layout: states of another are never read."""
 
@@ -35,6 +38,13 @@ class Algorithm(Protocol):
 
     lifetime_ns: int
     """How long after the last step a state can still matter, in nanoseconds."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What a store that carries the algorithm out itself must know: the limit, and the period in nanoseconds.
+
+        For `gcra` the burst, and the nanoseconds between two tokens.
+        """
 
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         """Decide on a hit of `cost` units at `now` (nanoseconds); cost 0 is a look that changes nothing."""
@@ -68,6 +78,7 @@ class SlidingWindow:
         "window_ns",
     )  # fmt: skip
 
+    kind: ClassVar[str] = "sliding_window"
     version: ClassVar[int] = 1
     TICKS: ClassVar[int] = 64
 
@@ -84,6 +95,10 @@ class SlidingWindow:
         self._one = 1 << 48 + width | 1 << 48  # a hit of this tick: one more there, and in the sum
         self._young = (1 << 48 + 2 * width) - 1  # above it are hits of earlier ticks
         self._tick = self._tick_of(0)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.limit, self.window_ns
 
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         start, end, head, expires = self._tick
@@ -209,12 +224,17 @@ class Gcra:
 
     __slots__ = ("_emission_ns", "lifetime_ns", "limit", "window_ns")
 
+    kind: ClassVar[str] = "gcra"
     version: ClassVar[int] = 1
 
     def __init__(self, limit: int, period: int, burst: int | None = None) -> None:
         self._emission_ns = -(-period * NS // limit)
         self.limit = limit if burst is None else burst
         self.window_ns = self.lifetime_ns = self.limit * self._emission_ns
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.limit, self._emission_ns
 
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         emission = self._emission_ns
@@ -268,12 +288,17 @@ class SlidingCounter:
 
     __slots__ = ("lifetime_ns", "limit", "window_ns")
 
+    kind: ClassVar[str] = "sliding_counter"
     version: ClassVar[int] = 1
 
     def __init__(self, limit: int, period: int) -> None:
         self.limit = limit
         self.window_ns = period * NS
         self.lifetime_ns = 2 * self.window_ns
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.limit, self.window_ns
 
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         limit, width = self.limit, self.window_ns
@@ -333,11 +358,16 @@ class FixedWindow:
 
     __slots__ = ("lifetime_ns", "limit", "window_ns")
 
+    kind: ClassVar[str] = "fixed_window"
     version: ClassVar[int] = 1
 
     def __init__(self, limit: int, period: int) -> None:
         self.limit = limit
         self.window_ns = self.lifetime_ns = period * NS
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.limit, self.window_ns
 
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         limit = self.limit
@@ -361,6 +391,90 @@ class FixedWindow:
 
     def ends(self, state: State) -> int:
         return 0 if state is None else int(state >> 32) + self.window_ns
+
+
+class Concurrency(SlidingWindow):
+    """At most `limit` in progress: a hit is a lease, given back at the end, which counts for `period` at the most.
+
+    So it is a sliding window of the leases that nobody has given back yet. One that lasts is renewed: given back
+    and taken anew in one batch. One whose holder died expires, at most 1/64 of the period later than promised.
+    """
+
+    __slots__ = ()
+
+    kind: ClassVar[str] = "concurrency"
+
+    def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
+        state, verdict = super().step(state, now, cost)
+        # When somebody else will be done cannot be known.
+        verdict.reset_ns = 0
+        if not verdict.allowed and verdict.retry_ns < NEVER:
+            verdict.retry_ns = NS
+        return state, verdict
+
+
+class Penalty:
+    """A ban of a key that was refused again and again, for longer each time.
+
+    A hit of cost 0 is a look, refused while the key is banned; a hit of cost 1 is a strike. `strikes` of them
+    within `within_ns` ban the key for `first_ns`, and each time twice as long as the last, up to `most_ns`. Once
+    the key has been free for `most_ns` without another ban, the next ban is a first one again.
+
+    The state, from the high end: the number of bans (8 bits), the end of the last one (64), the beginning of the
+    time in which strikes are counted (64), and their number (32).
+    """
+
+    __slots__ = ("first_ns", "lifetime_ns", "limit", "most_ns", "window_ns")
+
+    kind: ClassVar[str] = "penalty"
+    version: ClassVar[int] = 1
+
+    def __init__(self, strikes: int, within_ns: int, first_ns: int, most_ns: int) -> None:
+        self.limit = strikes
+        self.window_ns = within_ns
+        self.first_ns = first_ns
+        self.most_ns = most_ns
+        self.lifetime_ns = max(within_ns, 2 * most_ns)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.limit, self.window_ns, self.first_ns, self.most_ns
+
+    def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
+        bans, until, since, strikes = self._read(state, now)
+        if now < until:
+            return state, Verdict(False, self.limit, 0, until - now, until - now, None)
+        if cost:
+            if not strikes:
+                since = now
+            strikes += 1
+            if strikes >= self.limit:
+                bans = min(bans + 1, 255)
+                until = now + min(self.first_ns << min(bans - 1, 62), self.most_ns)
+                since = strikes = 0
+        left = self.limit - strikes
+        reset = since + self.window_ns - now if strikes else 0
+        after = bans << 160 | until << 96 | since << 32 | strikes if bans or strikes else None
+        return after, Verdict(True, self.limit, left, reset, 0, None)
+
+    def give(self, state: State, now: int, cost: int, receipt: int) -> State:
+        return state  # a strike is a strike: it has no receipt
+
+    def ends(self, state: State) -> int:
+        bans, until, since, strikes = self._read(state, 0)
+        return max(until + self.most_ns if bans else 0, since + self.window_ns if strikes else 0)
+
+    def _read(self, state: State, now: int) -> tuple[int, int, int, int]:
+        """(bans, end of the last one, beginning of the strikes, their number), what has expired left out."""
+        if state is None:
+            return 0, 0, 0, 0
+        bans, until = state >> 160, state >> 96 & _TAT
+        since, strikes = state >> 32 & _TAT, state & 0xFFFF_FFFF
+        if now >= since + self.window_ns:
+            since = strikes = 0
+        if now >= until + self.most_ns:
+            bans = until = 0
+        return bans, until, since, strikes
 
 
 ALGORITHMS: Final[dict[str, type[SlidingWindow | Gcra | SlidingCounter | FixedWindow]]] = {

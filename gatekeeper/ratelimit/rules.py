@@ -58,12 +58,12 @@ class RateLimit:
     """One rate of a rule: the limit that a store counts, and the words for it in fields.
 
     `standin` is the same limit for this process alone, counted while the store does not answer; a stand-in has
-    none itself.
+    none itself. `shadow`, `refusals_last` and `listed` are as `gatekeeper.commands.Limit` says.
     """
 
     __slots__ = (
-        "algorithm", "give", "item", "lifetime_ns", "name", "policy", "rule", "space",
-        "standin", "step",
+        "algorithm", "give", "item", "kind", "lifetime_ns", "listed", "name", "numbers", "policy", "refusals_last",
+        "rule", "shadow", "space", "standin", "step",
     )  # fmt: skip
 
     def __init__(self, rule: Rule, name: str, space: str, algorithm: Algorithm, standin: RateLimit | None) -> None:
@@ -75,6 +75,11 @@ class RateLimit:
         self.step = algorithm.step  # bound once: a store looks nothing up on the way
         self.give = algorithm.give
         self.lifetime_ns = algorithm.lifetime_ns
+        self.kind = algorithm.kind
+        self.numbers = algorithm.numbers
+        self.shadow = False
+        self.refusals_last = False
+        self.listed = False
         self.policy = f"{quoted(name)};q={algorithm.limit};w={max(1, round(algorithm.window_ns / 1e9))}"
         self.item = quoted(name).replace("%", "%%").encode("ascii") + b";r=%d;t=%d"  # to be filled in
 

@@ -90,7 +90,7 @@ class MemoryStore:
                     if key is OVERFLOW and verdict.receipt is not None:
                         verdict.receipt = (OVERFLOW, verdict.receipt)  # says where the charge lies
                 replies.append(verdict)
-                if not verdict.allowed:
+                if not verdict.allowed and not limit.shadow:
                     refused = True
             if refused and spend and len(batch) > 1:
                 self._unspend(batch, replies, now)
@@ -100,6 +100,17 @@ class MemoryStore:
 
     async def aask(self, batch: Hits) -> Replies:
         return self.ask(batch)
+
+    def keys(self, limit: Limit) -> list[str]:
+        self._acquire()
+        try:
+            shards = self._tables.get(limit.space, ())
+            return [key for shard in shards for held in (shard.fresh, shard.stale) for key in held]
+        finally:
+            self._release()
+
+    async def akeys(self, limit: Limit) -> list[str]:
+        return self.keys(limit)
 
     def close(self) -> None:
         self._acquire()
@@ -121,6 +132,9 @@ class MemoryStore:
         self._shards += shards
         return shards
 
+    def _shard(self, limit: Limit, key: str, now: int) -> _Shard:
+        return (self._tables.get(limit.space) or self._open(limit, now))[hash(key) & 63]
+
     def _find(self, shard: _Shard, limit: Limit, key: str, now: int) -> tuple[_Shard, str, State]:
         """Where a key is, or a new one would be: in its shard, or beyond the bound in the shared bucket."""
         # A limit that was changed in operation may live longer than the one the shard was made for.
@@ -138,7 +152,7 @@ class MemoryStore:
 
     def _held(self, limit: Limit, key: str, now: int) -> tuple[_Shard, State]:
         """A key's shard and state, where it is held."""
-        shard = (self._tables.get(limit.space) or self._open(limit, now))[hash(key) & 63]
+        shard = self._shard(limit, key, now)
         state = shard.fresh.get(key)
         return shard, shard.stale.get(key) if state is None else state
 
@@ -174,6 +188,12 @@ class MemoryStore:
             self._give(limit, key, cost, receipt, now)
         for limit, key in batch.resets:
             self._write(self._held(limit, key, now)[0], key, None, now)
+        for limit, key, cost in batch.takes:
+            shard, key, state = self._find(self._shard(limit, key, now), limit, key, now)
+            after, verdict = limit.step(state, now, cost)
+            if not verdict.allowed:
+                after = limit.step(state, now, min(cost, verdict.remaining))[0]
+            self._write(shard, key, after, now)
 
     def _give(self, limit: Limit, key: str, cost: int, receipt: Receipt, now: int) -> None:
         if receipt.__class__ is tuple:
