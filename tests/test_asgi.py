@@ -19,7 +19,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gatekeeper import Gatekeeper, Limited, SettingsError
 from gatekeeper.asgi import GatekeeperMiddleware, Message, Receive, Scope, Send
-from gatekeeper.commands import Batch, Hits, Replies
+from gatekeeper.commands import Batch, Hits, Limit, Replies
 from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.testing import VirtualClock, virtual_store
 
