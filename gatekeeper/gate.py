@@ -134,11 +134,12 @@ class Gate:
     - `fields`: whether responses tell the client its quota
     - `routes`: where a gateway sends requests; an application's middleware has none
     - `failures`: how often a rule was decided without its store, by "rule:policy"
+    - `off`: whether nothing is charged, not even by decorators
     """
 
     __slots__ = (
         "_always", "_asks_user", "_direct", "_fields", "_hashes_user", "_identity", "_policies", "_table",
-        "failures", "route", "rules",
+        "failures", "off", "route", "rules",
     )  # fmt: skip
 
     def __init__(
@@ -154,6 +155,7 @@ class Gate:
         """Where a request goes; None if no route is for it."""
         self.rules = tuple(rules)
         self.failures: Counter[str] = Counter()
+        self.off = False
         self._identity = identity
         self._fields = fields
         self._direct = identity.direct
@@ -205,7 +207,7 @@ class Gate:
         All of these or none. What was charged before stays charged: the application has run for it since, and
         were it given back, a client refused within would be let in for ever.
         """
-        if not rules:
+        if not rules or self.off:
             return 0
         if not ticket.asked_user and any(rule.needs_user for rule in rules):
             yield from self._ask_user(ticket)

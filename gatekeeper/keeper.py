@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
+from weakref import WeakSet
 
 from gatekeeper import decorators
 from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, Verdict
@@ -37,6 +38,9 @@ from gatekeeper.upstreams.pool import Pool, Upstream
 STORES: Final[dict[str, Callable[..., Store]]] = {"memory": MemoryStore}
 """Stores by the scheme of their URL."""
 
+KEEPERS: Final[WeakSet[Gatekeeper]] = WeakSet()
+"""All that there are in this process, for tests to find those that an application made for itself."""
+
 _REMEMBERED: Final = 4096
 _ONE: Final = 1  # the usual cost: by identity, 1.0 and True are none
 
@@ -53,16 +57,37 @@ class Gatekeeper:
 
     def __init__(self, settings: Settings | Mapping[str, Any] | str | Path, *, store: Store | None = None) -> None:
         self.settings = load_settings(settings)
-        self.store: Store = (
-            MemoryStore(max_keys=self.settings.store.max_keys) if store is None else _checked_store(store)
-        )
-        self.gate = _gate(self.settings)
+        self.gate = self._gate = _gate(self.settings)
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
+        self.use(MemoryStore(max_keys=self.settings.store.max_keys) if store is None else store)
+        KEEPERS.add(self)
+
+    def use(self, store: Store) -> Store:
+        """Ask another store from now on; the one before is returned, and left open. Raises SettingsError.
+
+        For tests. What the first store counted is not brought along, and a gateway that serves does not see it.
+        """
+        before = getattr(self, "store", store)
+        self.store = _checked_store(store)
         # Memory always answers: nothing need stand between.
-        self.ask: Callable[[Hits], Replies] = self.store.ask if isinstance(self.store, MemoryStore) else self._ask
+        self.ask: Callable[[Hits], Replies] = store.ask if isinstance(store, MemoryStore) else self._ask
         # An asynchronous function can only be awaited, whatever the store.
-        self.awaits = not self.store.local or is_asynchronous(self.settings.identity.user)
+        self.awaits = not store.local or is_asynchronous(self.settings.identity.user)
+        return before
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is limited. Set to False, all requests and calls pass, and none is counted."""
+        return not self.gate.off
+
+    @enabled.setter
+    def enabled(self, wanted: bool) -> None:
+        if wanted:
+            self.gate = self._gate
+        elif not self.gate.off:
+            self.gate = Gate((), _identity(self.settings.identity), fields=False)
+            self.gate.off = True
 
     def _ask(self, batch: Hits) -> Replies:
         return (self._local if isinstance(batch, Batch) and batch.local else self.store).ask(batch)
