@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from gatekeeper import Gatekeeper, SettingsError
 from gatekeeper.asgi import GatekeeperMiddleware
-from gatekeeper.gate import Charge, Ticket
+from gatekeeper.ticket import Charge, Ticket
 
 SETTINGS = Path(__file__).with_name("limited_app.toml")
 RIGHT = "correct"

@@ -7,19 +7,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gatekeeper.commands import Verdict
     from gatekeeper.errors import GatekeeperError, Limited, SettingsError, StoreError
-    from gatekeeper.keeper import Gatekeeper, Limiter
+    from gatekeeper.keeper import Gatekeeper
+    from gatekeeper.limiter import Limiter
+    from gatekeeper.ticket import Refusal, Ticket
 
 __version__ = "0.1.0"
 
-__all__ = ["Gatekeeper", "GatekeeperError", "Limited", "Limiter", "SettingsError", "StoreError", "Verdict"]
+__all__ = [
+    "Gatekeeper",
+    "GatekeeperError",
+    "Limited",
+    "Limiter",
+    "Refusal",
+    "SettingsError",
+    "StoreError",
+    "Ticket",
+    "Verdict",
+]
 
 _HOMES = {
     "Gatekeeper": "gatekeeper.keeper",
     "GatekeeperError": "gatekeeper.errors",
     "Limited": "gatekeeper.errors",
-    "Limiter": "gatekeeper.keeper",
+    "Limiter": "gatekeeper.limiter",
+    "Refusal": "gatekeeper.ticket",
     "SettingsError": "gatekeeper.errors",
     "StoreError": "gatekeeper.errors",
+    "Ticket": "gatekeeper.ticket",
     "Verdict": "gatekeeper.commands",
 }
 

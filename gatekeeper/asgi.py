@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from gatekeeper.commands import arun, run
 from gatekeeper.decorators import CURRENT, IN_USE
 from gatekeeper.errors import Limited
-from gatekeeper.gate import Refusal, Ticket
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.keeper import Gatekeeper
+from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import Settings
+from gatekeeper.ticket import Refusal, Ticket
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -22,9 +23,6 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _OTHER_HEADS = frozenset(["websocket.accept", "websocket.http.response.start"])
-
-POLICY_VIOLATION = 1008
-"""The close code of a WebSocket that a limit ends (RFC 6455, 7.4.1)."""
 
 
 class GatekeeperMiddleware:
@@ -40,6 +38,7 @@ class GatekeeperMiddleware:
         # Who makes the keeper closes it.
         self._owns = not isinstance(settings, Gatekeeper)
         self.keeper = settings if isinstance(settings, Gatekeeper) else Gatekeeper(settings)
+        self.keeper.require(awaiting=True)
         self._finishing: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,16 +55,21 @@ class GatekeeperMiddleware:
             if ticket.outer.under(gate) is not None:
                 await self.app(scope, receive, send)  # the same policy stands around us already
                 return
-        if keeper.awaits:
-            ticket.refused = await arun(gate.admit(ticket), keeper.aask)
+        ticket.incoming = receive
+        if keeper.awaits or gate.reads_body:
+            ticket.refused = await arun(gate.admit(ticket), keeper.aask, ticket.read)
+            if ticket.replay:
+                receive = ticket.receive
         else:
             ticket.refused = gate.admit_at_once(ticket, keeper.ask)
         if ticket.refused:
             if kind == "websocket":
                 await receive()  # websocket.connect
-            await _refuse(scope, send, gate.refusal(ticket))
+            await _refuse(scope, send, gate.refusal(ticket), gate.close_code)
             return
         scope["gatekeeper"] = ticket
+        if kind == "websocket" and (rules := gate.message_rules(ticket)):
+            receive = _Messages(keeper, ticket, rules).receive
         token = CURRENT.set(ticket) if IN_USE else None
         try:
             await self.app(scope, receive, ticket.forward)
@@ -107,6 +111,10 @@ class _Ticket(ScopeRequest, Ticket):
     """A ticket that what the application sends goes through, on its way out."""
 
     closed = False  # a WebSocket's close was sent
+    replay: Sequence[Message] = ()  # what was read of the request before the application asked for it
+    incoming: Receive
+    """The server's `receive`."""
+
     outgoing: Send
     """The server's `send`."""
 
@@ -118,6 +126,7 @@ class _Ticket(ScopeRequest, Ticket):
         if kind == "http.response.body":
             if self.is_open:
                 self.ended = not message.get("more_body", False)
+                self.moved += len(message.get("body", b""))
         elif kind == "http.response.start" or kind in _OTHER_HEADS:
             if kind == "websocket.accept":
                 self.sent, self.ended = 101, True
@@ -126,6 +135,8 @@ class _Ticket(ScopeRequest, Ticket):
                 if self.sent >= 500 and self.limited is not None and (limited := self.limited()) is not None:
                     # The application took a decorator's refusal for a fault of its own; we know better.
                     return self._replace(self.gate.refusal(self, limited.verdict))
+            if self.gate.reports and self.is_open:
+                message = self._heed(message)
             fields = self.gate.respond(self)
             if fields:
                 # Copied: the message may be one that the application sends again and again.
@@ -137,30 +148,88 @@ class _Ticket(ScopeRequest, Ticket):
             self.ended = not message.get("more_body", False)
         return self.outgoing(message)
 
+    async def read(self, most: int) -> bytes | None:
+        """The body, None if it is longer; the application is given it all the same."""
+        body = b""
+        while self.native["type"] == "http":
+            message = await self.incoming()
+            self.replay = [*self.replay, message]
+            body += message.get("body", b"")
+            if len(body) > most:
+                return None
+            if not message.get("more_body", False):
+                break
+        return body
+
+    async def receive(self) -> Message:
+        """What was read already, then what comes."""
+        if self.replay:
+            message, *self.replay = self.replay
+            return message
+        return await self.incoming()
+
+    def _heed(self, message: Message) -> Message:
+        """A response without the fields that tell us what it has cost."""
+        kept = []
+        for name, value in message.get("headers", ()):
+            told = name.lower().decode("latin-1")
+            if told in self.gate.reports:
+                self.gate.report(self, told, value.decode("latin-1"))
+            else:
+                kept.append((name, value))
+        return {**message, "headers": kept}
+
     async def refuse(self, limited: Limited) -> None:
         """A decorator's refusal reached us: it is the answer, if none was begun."""
         if not self.sent:
             await self._replace(self.gate.refusal(self, limited.verdict))
         elif self.sent == 101 and not self.closed:
-            await self.outgoing({"type": "websocket.close", "code": POLICY_VIOLATION})
+            await self.outgoing({"type": "websocket.close", "code": self.gate.close_code})
         else:
             raise limited
 
     async def _replace(self, refusal: Refusal) -> None:
         self.sent = refusal.status
         self.replaced = self.ended = True
-        await _refuse(self.native, self.outgoing, refusal)
+        await _refuse(self.native, self.outgoing, refusal, self.gate.close_code)
+
+
+class _Messages:
+    """The messages that a client sends within a WebSocket, each charged before the application sees it."""
+
+    def __init__(self, keeper: Gatekeeper, ticket: _Ticket, rules: tuple[Rule, ...]) -> None:
+        self._keeper = keeper
+        self._ticket = ticket
+        self._rules = rules
+
+    async def receive(self) -> Message:
+        ticket, keeper = self._ticket, self._keeper
+        message = await ticket.receive()
+        if message["type"] != "websocket.receive" or ticket.replaced:
+            return message
+        steps = ticket.gate.message(ticket, self._rules)
+        if keeper.awaits:
+            allowed = await arun(steps, keeper.aask)
+        else:
+            allowed = run(steps, keeper.ask)
+        if allowed:
+            return message
+        # To the application it is as if the client had left; what it still sends goes nowhere.
+        ticket.closed = ticket.replaced = True
+        code = ticket.gate.close_code
+        await ticket.outgoing({"type": "websocket.close", "code": code})
+        return {"type": "websocket.disconnect", "code": code}
 
 
 async def _nothing() -> None:
     pass
 
 
-async def _refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
+async def _refuse(scope: Scope, send: Send, refusal: Refusal, close_code: int) -> None:
     prefix = "http.response"
     if scope["type"] == "websocket":
         if "websocket.http.response" not in (scope.get("extensions") or {}):
-            await send({"type": "websocket.close", "code": POLICY_VIOLATION})  # the server answers a bare 403
+            await send({"type": "websocket.close", "code": close_code})  # the server answers a bare 403
             return
         prefix = "websocket.http.response"
     await send({"type": f"{prefix}.start", "status": refusal.status, "headers": refusal.fields})

@@ -174,8 +174,20 @@ class Call:
         self.argument = argument
 
 
+class Read:
+    """The body of the request is to be read by the shell, and still to reach the application.
+
+    The answer is the body, or None if it is longer than `most` bytes.
+    """
+
+    __slots__ = ("most",)
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+
 R = TypeVar("R")
-Question: TypeAlias = Hits | Call  # a Batch is Hits
+Question: TypeAlias = Hits | Call | Read  # a Batch is Hits
 Steps: TypeAlias = Generator[Question, Any, R]
 
 
@@ -205,19 +217,28 @@ class Store(Protocol):
     async def aclose(self) -> None: ...
 
 
-def run(steps: Steps[R], ask: Callable[[Hits], Replies]) -> R:
-    """Drive a core generator to its result, blocking."""
+def run(steps: Steps[R], ask: Callable[[Hits], Replies], read: Callable[[int], bytes | None] | None = None) -> R:
+    """Drive a core generator to its result, blocking. `read` reads the body, where there is one."""
     answer: Any = None
     try:
         while True:
             question = steps.send(answer)
-            answer = ask(question) if question.__class__ is not Call else _call(question)  # type: ignore[arg-type]
+            if isinstance(question, Call):
+                answer = _call(question)
+            elif isinstance(question, Read):
+                answer = b"" if read is None else read(question.most)
+            else:
+                answer = ask(question)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
 
 
-async def arun(steps: Steps[R], ask: Callable[[Hits], Awaitable[Replies]]) -> R:
-    """Drive a core generator to its result, awaiting."""
+async def arun(
+    steps: Steps[R],
+    ask: Callable[[Hits], Awaitable[Replies]],
+    read: Callable[[int], Awaitable[bytes | None]] | None = None,
+) -> R:
+    """Drive a core generator to its result, awaiting. `read` reads the body, where there is one."""
     answer: Any = None
     try:
         while True:
@@ -226,6 +247,8 @@ async def arun(steps: Steps[R], ask: Callable[[Hits], Awaitable[Replies]]) -> R:
                 answer = question.function(question.argument)
                 if isawaitable(answer):
                     answer = await answer
+            elif isinstance(question, Read):
+                answer = b"" if read is None else await read(question.most)
             else:
                 answer = await ask(question)
     except StopIteration as stop:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from weakref import ref
 
 from gatekeeper.commands import Steps, arun, run
 from gatekeeper.errors import Limited, SettingsError
-from gatekeeper.gate import Ticket, tightness
-from gatekeeper.ratelimit.rates import parse_rates
-from gatekeeper.ratelimit.rules import Rule
-from gatekeeper.settings import is_asynchronous, load_settings
+from gatekeeper.settings import LimitSettings, is_asynchronous, load_settings
+from gatekeeper.ticket import Ticket, tightness
 
 if TYPE_CHECKING:
     from gatekeeper.keeper import Gatekeeper
@@ -31,21 +29,28 @@ T = TypeVar("T")
 
 
 def limit(
-    keeper: Gatekeeper, rate: str, key: str | Sequence[str], cost: int, name: str | None
+    keeper: Gatekeeper, rate: str | Sequence[str], name: str | None, settings: Mapping[str, Any]
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """What `Gatekeeper.limit` says."""
+    for key in ("match", "per", "overrides"):
+        if key in settings:
+            raise SettingsError([f"{key}: goes with rules of the settings alone: a decorator is for its function"])
+    checked = _checked({"name": name or "function", "rate": rate, **settings})
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         is_async = _is_async(function)
-        if not is_async and is_asynchronous(keeper.settings.identity.user) and "user" in key:
-            raise TypeError("limit: expected an async function, for identity.user is one and must be awaited")
+        awaited = checked.functions
+        if "user" in checked.key and callable(keeper.settings.identity.user):
+            awaited = [*awaited, keeper.settings.identity.user]
+        if not is_async and any(is_asynchronous(one) for one in awaited):
+            raise TypeError("limit: expected an async function, for a function of the settings must be awaited")
         IN_USE.append(None)
         label = f"{function.__module__}.{function.__qualname__}"
         told = name or re.sub(r"[^A-Za-z0-9._-]+", "-", function.__name__).strip("_-.")[:64] or "function"
         space = name or f"*{label}"
-        inside = _rule(rate, key, cost, told, space)
+        inside = keeper.rule(checked.model_copy(update={"name": told}), space)
         # Outside of a request there is no client: the function itself is whom the quota belongs to.
-        outside = _rule(rate, "ip", cost, told, space)
+        outside = keeper.rule(checked.model_copy(update={"name": told, "key": ["ip"]}), space)
 
         def charge() -> Steps[None]:
             ticket, rule = _ticket(keeper), inside
@@ -86,14 +91,13 @@ def limit(
     return decorate
 
 
-def _rule(rate: str, key: str | Sequence[str], cost: int, name: str, space: str) -> Rule:
-    """The rule of a decorator, checked as one from a file would be."""
-    written = {"name": name, "rate": rate, "key": key if isinstance(key, str) else list(key), "cost": cost}
+def _checked(written: Mapping[str, Any]) -> LimitSettings:
+    """The settings of a decorator, checked as those from a file would be."""
     try:
         (limit,) = load_settings({"limits": [written]}).limits
     except SettingsError as error:
         raise SettingsError([problem.removeprefix("limits[0].") for problem in error.problems]) from None
-    return Rule(limit.name, parse_rates(";".join(limit.rate)), keys=limit.key, cost=limit.cost, space=space)
+    return limit
 
 
 class _Call(Ticket):
@@ -107,6 +111,9 @@ class _Call(Ticket):
 
     def field(self, name: str) -> str | None:
         return None
+
+    def query(self) -> str:
+        return ""
 
 
 def _ticket(keeper: Gatekeeper) -> Ticket | None:

@@ -6,41 +6,51 @@ Nothing here waits, reads a clock or knows a framework. `gatekeeper.commands.run
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
-from typing import NamedTuple
-from weakref import ReferenceType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final, NamedTuple, Protocol
 
-from gatekeeper.commands import Batch, Call, Give, Hit, Hits, Replies, Steps, Verdict, run
-from gatekeeper.errors import Limited, StoreError
+from gatekeeper.commands import Batch, Call, Give, Hit, Hits, Limit, Read, Replies, Steps, Verdict, run
+from gatekeeper.errors import StoreError
+from gatekeeper.http.addresses import Address, Networks
+from gatekeeper.http.bodies import AmbiguousField, form_field, json_field
 from gatekeeper.http.fields import Fields, wants_problem
 from gatekeeper.http.message import Request
 from gatekeeper.http.parts import Part
 from gatekeeper.http.routes import Pattern, Router, Table
 from gatekeeper.identity import Identity
-from gatekeeper.ratelimit.fields import common_fields, policy_field, refusal_body, retry_seconds
+from gatekeeper.ratelimit.fields import (
+    DEFAULT_MANNER,
+    Manner,
+    common_fields,
+    older_fields,
+    own_body,
+    policy_field,
+    refusal_body,
+    retry_seconds,
+)
+from gatekeeper.ratelimit.rates import MOST
 from gatekeeper.ratelimit.rules import RateLimit, Rule, outcome_matches
+from gatekeeper.ticket import Charge, Refusal, Ticket, tightness
 from gatekeeper.upstreams.pool import Pool, Upstream
 
-DENIED_WAIT_NS = 1_000_000_000
+DENIED_WAIT_NS: Final = 1_000_000_000
 """How long a client is told to wait when a rule denies because its store does not answer."""
 
 
-class Refusal(NamedTuple):
-    """The answer that is given in the application's place."""
+class Access(NamedTuple):
+    """Networks that are never limited, and such as are not answered; who is in both is answered."""
 
-    status: int
-    fields: Fields
-    body: bytes
+    allow: Networks
+    deny: Networks
 
 
-class Charge(NamedTuple):
-    """One rate of one rule, asked for one request."""
+class Leases(Protocol):
+    """Where tickets are kept whose leases must be renewed while they last."""
 
-    limit: RateLimit
-    key: str
-    cost: int
-    verdict: Verdict
+    def add(self, ticket: Ticket) -> None: ...
+
+    def discard(self, ticket: Ticket) -> None:
+        """After this the receipts of the ticket's verdicts are nobody else's."""
 
 
 class Destination(NamedTuple):
@@ -58,88 +68,24 @@ class Destination(NamedTuple):
     idle_timeout: float
 
 
-class Ticket(Request):
-    """The one context of a request, in `scope["gatekeeper"]` or `environ["gatekeeper.ticket"]`.
-
-    It is the request itself, and gathers what each stage decides of it. (A shell makes a class of its own of it,
-    so that a request costs one object.)
-
-    - `address`: the client's, behind trusted proxies; `user`: None if unknown
-    - `refused`: 0 while the request is admitted, else the status it was refused with (429, or 503 when a store
-      did not answer and the rule denies)
-    - `sent`: the status of the response once its head was sent, else 0
-    - `ended`: whether all of it was sent; kept only where the outcome matters to a rule
-    - `charges`: each rate that was asked, with its verdict
-    """
-
-    gate: Gate
-    address: str
-    user: str | None = None
-    refused: int = 0
-    sent: int = 0
-    ended: bool = False
-    replaced: bool = False  # our refusal stands in place of the application's response
-    # Rules, hits and verdicts in the order they were asked: a hit for each rate of each rule.
-    rules: tuple[Rule, ...] = ()
-    hits: Sequence[Hit] = ()
-    verdicts: Sequence[Verdict] = ()
-    # Whether `finish` has something to do.
-    is_open: bool = False
-    asked_user: bool = False
-    # The refusal of a decorated function, as long as somebody holds it: then it is on its way to us.
-    limited: ReferenceType[Limited] | None = None
-    # The ticket of another policy that stands around this one.
-    outer: Ticket | None = None
-
-    def under(self, gate: Gate) -> Ticket | None:
-        """This ticket, or the one of a policy around it, that is of `gate`."""
-        ticket: Ticket | None = self
-        while ticket is not None and ticket.gate is not gate:
-            ticket = ticket.outer
-        return ticket
-
-    def of(self, gate: Gate) -> Ticket:
-        """A ticket of another gate for the same request, to which nothing has been charged."""
-        other = copy(self)
-        for name in ("user", "refused", "rules", "hits", "verdicts", "is_open", "asked_user", "limited"):
-            other.__dict__.pop(name, None)
-        other.gate = gate
-        other.address = gate.address(other)
-        return other
-
-    @property
-    def allowed(self) -> bool:
-        return not self.refused
-
-    @property
-    def charges(self) -> list[Charge]:
-        return [
-            Charge(limit, key, cost, verdict)  # type: ignore[arg-type]  # a gate asks only of RateLimits
-            for (limit, key, cost), verdict in zip(self.hits, self.verdicts, strict=True)
-        ]
-
-    @property
-    def tightest(self) -> Charge | None:
-        """The charge closest to exhaustion, or the refusal with the longest wait; None if no rule applied."""
-        return min(self.charges, key=lambda charge: tightness(charge.verdict), default=None)
-
-    def __repr__(self) -> str:
-        return f"<Ticket {self.method} {self.address}: {list(self.verdicts)}>"
-
-
 class Gate:
     """A policy, compiled: the same for every request until another gate takes its place.
 
     - `rules`, in the order of the settings
-    - `fields`: whether responses tell the client its quota
+    - `manner`: how clients are told
     - `routes`: where a gateway sends requests; an application's middleware has none
+    - `access`: who is let through, or turned away, whatever the rules
+    - `leases`: keeps the tickets whose leases have to be renewed
+    - `most_body`: so many bytes of a body are read for the fields that rules count by
     - `failures`: how often a rule was decided without its store, by "rule:policy"
+    - `shadowed`: how often a rule in shadow mode would have refused, by its name
     - `off`: whether nothing is charged, not even by decorators
     """
 
     __slots__ = (
-        "_always", "_asks_user", "_direct", "_fields", "_hashes_user", "_identity", "_policies", "_table",
-        "failures", "off", "route", "rules",
+        "_access", "_always", "_asks", "_direct", "_hashes_user", "_identity", "_leases", "_manner", "_messages",
+        "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "failures", "off", "reads_body",
+        "reports", "route", "rules", "shadowed",
     )  # fmt: skip
 
     def __init__(
@@ -147,49 +93,89 @@ class Gate:
         rules: Iterable[Rule],
         identity: Identity,
         *,
-        fields: bool = True,
+        manner: Manner = DEFAULT_MANNER,
         routes: Iterable[tuple[Pattern, Destination]] = (),
+        access: Access | None = None,
+        leases: Leases | None = None,
+        most_body: int = 65_536,
     ) -> None:
         routes = list(routes)
         self.route: Callable[[Request], Destination | None] = Router(routes).find
         """Where a request goes; None if no route is for it."""
         self.rules = tuple(rules)
         self.failures: Counter[str] = Counter()
+        self.shadowed: Counter[str] = Counter()
         self.off = False
         self._identity = identity
-        self._fields = fields
+        self._manner = manner
+        self._told = manner.fields or manner.x_ratelimit is not None
+        self._access = access
+        self._leases = leases
+        self._most_body = most_body
         self._direct = identity.direct
-        self._table = Table((rule.pattern, rule) for rule in self.rules)
+        self._table = Table((rule.pattern, rule) for rule in self.rules if not rule.messages)
+        self._messages = Table((rule.pattern, rule) for rule in self.rules if rule.messages)
+        self._overrides = any(rule.overrides for rule in self.rules)
+        self._undone: dict[tuple[Rule, ...], tuple[Rule, ...]] = {}
         # Where no rule has a pattern all of them apply to each request.
-        self._always = self._table.always or ()
+        self._always = self._remaining(self._table.always or ())
         # Whom the user is to be asked for: for some pool, thus always; for some rule, where it applies.
         self._hashes_user = any(destination.by_user for _, destination in routes)
-        self._asks_user = self._hashes_user or any(rule.needs_user for rule in self.rules)
-        self._policies: dict[tuple[Rule, ...], tuple[bytes, bytes]] = {}
+        # Whether a request may need more than one batch.
+        self._asks = self._hashes_user or access is not None or any(rule.asks for rule in self.rules)
+        self.reads_body = any(rule.body_fields for rule in self.rules)
+        """Whether some rule counts by a field of the body."""
+        self.reports: Mapping[str, tuple[str, ...]] = _reports(self.rules)
+        """The fields of responses, in lower case, that tell the real cost of a request; for which rules."""
+        self._policies: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
 
     def address(self, request: Request) -> str:
         """The name under which the client is counted."""
         return self._identity.address(request)
 
+    def ip(self, request: Request) -> Address | None:
+        """The client's address itself; None if it has none."""
+        return self._identity.ip(request)
+
+    def api_key(self, request: Request) -> str | None:
+        """The API key that the client sent."""
+        return self._identity.api_key(request)
+
     def trusts(self, peer: str | None) -> bool:
         """Whether a peer is a proxy whose word on the client is believed."""
         return self._identity.trusts(peer)
+
+    @property
+    def close_code(self) -> int:
+        """The close code of a WebSocket that a limit ends."""
+        return self._manner.close_code
 
     def admit(self, ticket: Ticket) -> Steps[int]:
         """Identify the client and charge the rules that match.
 
         The result is for `Ticket.refused`: 0, or the status to refuse the request with.
         """
-        steps = self.extend(ticket, self._begin(ticket))
-        return self._user_first(ticket, steps) if self._hashes_user else steps
+        rules = self._begin(ticket)
+        access = self._access
+        if access is not None and not self.off:
+            client = self._identity.ip(ticket)
+            if client in access.allow:
+                rules = ()
+            elif client in access.deny:
+                return 403
+        if self._hashes_user:
+            yield from self._ask_user(ticket)
+        return (yield from self.extend(ticket, rules))
 
-    def admit_at_once(self, ticket: Ticket, ask: Callable[[Hits], Replies]) -> int:
+    def admit_at_once(
+        self, ticket: Ticket, ask: Callable[[Hits], Replies], read: Callable[[int], bytes | None] | None = None
+    ) -> int:
         """`admit`, for a store that does not wait: a request that one batch decides costs no generator.
 
         (The generator and its driver are a tenth of all that a request costs.)
         """
-        if self._asks_user:
-            return run(self.admit(ticket), ask)
+        if self._asks:
+            return run(self.admit(ticket), ask, read)
         rules = self._begin(ticket)
         if not rules:
             return 0
@@ -199,6 +185,8 @@ class Gate:
             if not verdict.allowed:
                 return run(self._settle(ticket, rules, hits, verdicts), ask)
         ticket.rules, ticket.hits, ticket.verdicts = rules, hits, verdicts  # type: ignore[assignment]
+        if ticket.is_open:
+            self._hold(ticket)
         return 0
 
     def extend(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[int]:
@@ -209,11 +197,32 @@ class Gate:
         """
         if not rules or self.off:
             return 0
-        if not ticket.asked_user and any(rule.needs_user for rule in rules):
-            yield from self._ask_user(ticket)
+        if any(rule.asks for rule in rules):
+            status = yield from self._ask(ticket, rules)
+            if status:
+                return status
         hits = self._hits(ticket, rules)
+        if not hits:
+            return 0
         verdicts: Replies = yield hits
         return (yield from self._settle(ticket, rules, hits, verdicts))
+
+    def message_rules(self, ticket: Ticket) -> tuple[Rule, ...]:
+        """The rules for the messages that a client sends within a WebSocket; `ticket` is its handshake's."""
+        return () if self.off else self._remaining(self._messages.match(ticket))
+
+    def message(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[bool]:
+        """Charge one message of a WebSocket for the rules of its messages. Whether it may go on."""
+        if any(rule.asks for rule in rules):
+            yield from self._ask(ticket, rules)
+        hits = self._hits(ticket, rules)
+        if not hits:
+            return True
+        verdicts: Replies = yield hits
+        if all(verdict.allowed for verdict in verdicts):
+            return True
+        refused, _, _ = yield from self._refuse(hits, verdicts)
+        return not refused
 
     def _begin(self, ticket: Ticket) -> tuple[Rule, ...]:
         """Identify the client; the rules that match."""
@@ -223,25 +232,73 @@ class Gate:
         # A client that is its own peer, and was seen before, is one look-up.
         ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
         rules = self._always or self._table.match(ticket)
+        if self._overrides:
+            rules = self._remaining(rules)
         if rules and ticket.method == "OPTIONS" and _is_preflight(ticket):
             rules = tuple(rule for rule in rules if rule.preflights)
         return rules
 
-    def _user_first(self, ticket: Ticket, steps: Steps[int]) -> Steps[int]:
-        yield from self._ask_user(ticket)
-        return (yield from steps)
+    def _remaining(self, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        """Rules without those that another of them overrides."""
+        remaining = self._undone.get(rules)
+        if remaining is None:
+            overridden = frozenset[str]().union(*(rule.overrides for rule in rules))
+            remaining = self._undone[rules] = tuple(rule for rule in rules if rule.name not in overridden)
+        return remaining
+
+    def _ask(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[int]:
+        """Find out what rules need to know of a request. 0, or the status to refuse it with."""
+        if not ticket.asked_user and any(rule.needs_user for rule in rules):
+            yield from self._ask_user(ticket)
+        answers = dict(ticket.answers)
+        ticket.answers = answers
+        for rule in rules:
+            for function in rule.functions:
+                if function not in answers:
+                    answers[function] = yield Call(function, ticket)
+        fields = {field for rule in rules for field in rule.body_fields} - answers.keys()
+        if fields:
+            body: bytes | None = yield Read(self._most_body)
+            if body is None:
+                return 413
+            try:
+                for kind, name in fields:
+                    if kind == "json":
+                        answers[kind, name] = _folded(json_field(body, name))
+                    else:
+                        answers[kind, name] = _folded(form_field(ticket.field("content-type"), body, name))
+            except AmbiguousField:
+                return 400
+        return 0
 
     def _hits(self, ticket: Ticket, rules: tuple[Rule, ...]) -> list[Hit]:
         """A hit for each rate of each rule."""
         hits: list[Hit] = []
         for rule in rules:
-            if rule.gives_back:
-                ticket.is_open = True
-            key = ticket.address if rule.by_address else rule.key(ticket)
-            cost = rule.cost
-            for limit in rule.limits:
-                hits.append((limit, key, cost))
+            if rule.is_plain:
+                key = ticket.address if rule.by_address else rule.key(ticket)
+                cost = rule.cost
+                for limit in rule.limits:
+                    hits.append((limit, key, cost))  # type: ignore[arg-type]  # a plain rule's cost is a number
+            elif rule.exempt is None or not rule.exempt.covers(ticket):
+                self._add_hits(hits, ticket, rule)
         return hits
+
+    def _add_hits(self, hits: list[Hit], ticket: Ticket, rule: Rule) -> None:
+        limits = rule.limits_of(ticket)
+        if not limits:
+            return
+        key, cost = rule.key(ticket), rule.cost_of(ticket)
+        if rule.is_open:
+            ticket.is_open = True
+        if rule.penalty is not None:
+            hits.append((rule.penalty, key, 0))  # a look: whether the key is banned
+        for limit in limits:
+            if rule.is_shared:
+                spent = {(other.space, held) for other, held, _ in (*ticket.hits, *hits)}
+                if (limit.space, key) in spent:
+                    continue
+            hits.append((limit, key, cost))
 
     def _settle(self, ticket: Ticket, rules: tuple[Rule, ...], hits: list[Hit], verdicts: Replies) -> Steps[int]:
         """Keep what was decided on the ticket, once what no store decided is decided too."""
@@ -251,11 +308,12 @@ class Gate:
                 refused, hits, verdicts = yield from self._refuse(hits, verdicts)
                 break
         if ticket.hits:
-            # Those of a decorator come last; of a function called again only its last call is told.
+            # Those of a decorator come last; of a function called again only its last call is told. (What is still
+            # to be undone is kept, though.)
             earlier = [
                 (hit, verdict)
                 for hit, verdict in zip(ticket.hits, ticket.verdicts, strict=True)
-                if hit[0].rule not in rules  # type: ignore[attr-defined]
+                if hit[0].rule not in rules or hit[0].rule.is_open  # type: ignore[attr-defined]
             ]
             hits = [hit for hit, _ in earlier] + hits
             verdicts = [*(verdict for _, verdict in earlier), *verdicts]
@@ -263,7 +321,17 @@ class Gate:
         ticket.rules = rules
         ticket.hits = hits
         ticket.verdicts = verdicts  # type: ignore[assignment]  # no StoreError is left
+        if ticket.is_open:
+            self._hold(ticket)
         return refused
+
+    def _hold(self, ticket: Ticket) -> None:
+        """Have the leases of a ticket renewed, if there are any."""
+        if self._leases is not None and any(
+            hit[0].kind == "concurrency" and verdict.receipt is not None
+            for hit, verdict in zip(ticket.hits, ticket.verdicts, strict=True)
+        ):
+            self._leases.add(ticket)
 
     def reads_alike(self, ticket: Ticket, readings: Iterable[str]) -> bool:
         """Whether a request is under the same rules and on the same route, however its path is read.
@@ -292,58 +360,117 @@ class Gate:
         `RateLimit` of the charge closest to exhaustion, and `RateLimit-Policy` of all that applied.
         """
         hits = ticket.hits
-        if not hits or not self._fields:
+        if not hits or not self._told:
             return []
-        rules, place = ticket.rules, 0
+        place, verdicts, rules = 0, ticket.verdicts, ticket.rules
         if len(hits) > 1:
-            verdicts = ticket.verdicts
-            place = min(range(len(hits)), key=lambda place: tightness(verdicts[place]))
-        verdict = ticket.verdicts[place]
+            places = [place for place, hit in enumerate(hits) if hit[0].told]  # type: ignore[attr-defined]
+            if not places:
+                return []
+            place = min(places, key=lambda place: tightness(verdicts[place]))
+        limit, verdict = hits[place][0], verdicts[place]
+        if not limit.told:  # type: ignore[attr-defined]  # a gate asks only of RateLimits
+            return []
+        older = [] if self._manner.x_ratelimit is None else older_fields(verdict, self._manner)
+        if not self._manner.fields:
+            return older
         # Seconds are rounded up: what `t` promises is there when it has passed.
         seconds = (verdict.reset_ns + 999_999_999) // 1_000_000_000
         return [
-            (b"ratelimit", hits[place][0].item % (verdict.remaining, seconds)),  # type: ignore[attr-defined]
-            self._policies.get(rules) or self._policy(rules),
+            (b"ratelimit", limit.item % (verdict.remaining, seconds)),  # type: ignore[attr-defined]
+            self._policies.get(rules) or self._policy(ticket),
+            *older,
         ]
 
-    def _policy(self, rules: tuple[Rule, ...]) -> tuple[bytes, bytes]:
-        # There are as many as ways through decorated functions: few, but a body may choose its way.
-        if len(self._policies) >= 1024:
-            self._policies.clear()
-        policy = self._policies[rules] = policy_field(rules)
+    def _policy(self, ticket: Ticket) -> tuple[bytes, bytes]:
+        key: tuple[Any, ...] = ticket.rules
+        if not all(rule.is_plain for rule in ticket.rules):
+            key = tuple(dict.fromkeys(hit[0] for hit in ticket.hits if hit[0].told))  # type: ignore[attr-defined]
+        policy = self._policies.get(key)
+        if policy is None:
+            # There are as many as ways through decorated functions: few, but a body may choose its way.
+            if len(self._policies) >= 1024:
+                self._policies.clear()
+            limits = [limit for one in key for limit in (one.limits if isinstance(one, Rule) else [one])]
+            policy = self._policies[key] = policy_field(limits)
         return policy
 
+    def report(self, ticket: Ticket, name: str, value: str) -> None:
+        """A field of the response, one of `reports`, tells the real cost. What is no number tells nothing."""
+        if value.isascii() and value.isdigit() and len(value) <= 18:
+            told = dict.fromkeys(self.reports[name], min(int(value), MOST))
+            ticket.settled = {**ticket.settled, **told}
+
     def finish(self, ticket: Ticket) -> Steps[None]:
-        """End a request. An answer that neither ended nor failed was broken off: the client left."""
-        if ticket.is_open:
-            ticket.is_open = False
-            status = ticket.sent if ticket.ended or ticket.sent >= 500 else None
-            yield from self._give_back(
-                charge for charge in ticket.charges if outcome_matches(charge.limit.rule.gives_back, status)
-            )
+        """End a request: what it held is given up, and its charges become what they are by its outcome.
+
+        An answer that neither ended nor failed was broken off: the client left.
+        """
+        if not ticket.is_open:
+            return
+        ticket.is_open = False
+        if self._leases is not None:
+            self._leases.discard(ticket)
+        status = ticket.sent if ticket.ended or ticket.sent >= 500 else None
+        batches: dict[bool, tuple[list[Give], list[tuple[Limit, str]], Hits]] = {
+            False: ([], [], []),
+            True: ([], [], []),
+        }
+        for (limit, key, cost), verdict in zip(ticket.hits, ticket.verdicts, strict=True):
+            rule: Rule = limit.rule  # type: ignore[attr-defined]
+            if not rule.is_open or limit.kind == "penalty":
+                continue
+            gives, resets, takes = batches[limit.standin is None]  # type: ignore[attr-defined]
+            if verdict.receipt is not None:
+                real = cost
+                if limit.kind == "concurrency" or outcome_matches(rule.gives_back, status):
+                    real = 0
+                elif rule.settles is not None:
+                    real = ticket.moved if rule.settles == "bytes" else ticket.settled.get(rule.name, cost)
+                if real < cost:
+                    gives.append((limit, key, cost - real, verdict.receipt))
+                    verdict.remaining += cost - real
+                elif real > cost:
+                    takes.append((limit, key, min(real - cost, MOST)))
+                verdict.receipt = None
+            if verdict.allowed and outcome_matches(rule.resets_on, status):
+                resets.append((limit, key))
+        for local, (gives, resets, takes) in batches.items():
+            if gives or resets or takes:
+                yield Batch(gives=gives, resets=resets, takes=takes, local=local)
 
     def refusal(self, ticket: Ticket, verdict: Verdict | None = None) -> Refusal:
         """The answer to a request whose ticket is not allowed, or that `verdict` of another limit refused."""
-        refused = [charge for charge in ticket.charges if not charge.verdict.allowed]
+        manner = self._manner
+        refused = [charge for charge in ticket.charges if not charge.verdict.allowed and not charge.limit.shadow]
         status = ticket.refused or 429
         verdicts = [charge.verdict for charge in refused]
         retry = retry_seconds([verdict] if verdict is not None and not verdicts else verdicts)
-        kind, body = refusal_body(
-            [charge.limit.name for charge in refused],
-            retry,
-            status=status,
-            problem=wants_problem(ticket.field("accept")),
-        )
-        return Refusal(status, common_fields(retry, kind, body) + self.respond(ticket), body)
+        if status not in (429, 503):
+            retry = None
+        elif retry is not None and manner.jitter:
+            retry += round(manner.draw() * manner.jitter)
+        violated = list(dict.fromkeys(charge.limit.name for charge in refused))
+        if manner.body is not None:
+            kind, body = own_body(manner, violated, retry, status)
+        else:
+            banned = any(charge.limit.kind == "penalty" for charge in refused)
+            problem = wants_problem(ticket.field("accept"))
+            kind, body = refusal_body(violated, retry, status=status, problem=problem, banned=banned)
+        refusal = Refusal(status, common_fields(retry, kind, body) + self.respond(ticket), body)
+        return refusal if manner.handler is None else handled(manner.handler, ticket, refusal)
 
     def _ask_user(self, ticket: Ticket) -> Steps[None]:
         identity = self._identity
         ticket.asked_user = True
         if identity.user is None:
             ticket.user = identity.named_user(ticket)
-        else:
-            user = yield Call(identity.user, ticket)
-            ticket.user = None if user is None else str(user)
+            return
+        user = yield Call(identity.user, ticket)
+        if isinstance(user, Mapping):
+            ticket.claims = user
+            user = user.get("sub")
+        ticket.user = None if user is None else str(user)
 
     def _refuse(self, hits: list[Hit], verdicts: Replies) -> Steps[tuple[int, list[Hit], Replies]]:
         """Some hit was not allowed: refused, or its store did not answer and the rule's policy decides.
@@ -352,18 +479,16 @@ class Gate:
         """
         kept: list[tuple[Hit, Verdict]] = []
         standins: list[Hit] = []
-        refused = denied = False
+        denied: list[Hit] = []
         for hit, verdict in zip(hits, verdicts, strict=True):
             if not isinstance(verdict, StoreError):
                 kept.append((hit, verdict))
-                refused = refused or not verdict.allowed
                 continue
             limit: RateLimit = hit[0]  # type: ignore[assignment]
-            policy = limit.rule.on_error
+            policy = "allow" if limit.shadow else limit.rule.on_error
             self.failures[f"{limit.rule.name}:{policy}"] += 1
             if policy == "deny":
-                denied = True
-                kept.append((hit, Verdict(False, limit.algorithm.limit, 0, 0, DENIED_WAIT_NS, None)))
+                denied.append(hit)
             elif policy == "local" and limit.standin is not None:
                 standins.append((limit.standin, *hit[1:]))
         if standins:
@@ -371,11 +496,29 @@ class Gate:
             for hit, verdict in zip(standins, replies, strict=True):
                 assert isinstance(verdict, Verdict)  # the process's own store is memory: it always answers
                 kept.append((hit, verdict))
-                refused = refused or not verdict.allowed
-        if refused or denied:
+        refused = [hit[0] for hit, verdict in kept if not verdict.allowed]
+        for name in {limit.rule.name for limit in refused if limit.shadow}:  # type: ignore[attr-defined]
+            self.shadowed[name] += 1
+        is_refused = any(not limit.shadow for limit in refused)
+        kept += [(hit, Verdict(False, hit[0].algorithm.limit, 0, 0, DENIED_WAIT_NS, None)) for hit in denied]  # type: ignore[attr-defined]
+        if is_refused or denied:
             yield from self._give_back(Charge(*hit, verdict) for hit, verdict in kept)  # type: ignore[arg-type]
-        status = 429 if refused else 503 if denied else 0
+        yield from self._strike([hit for hit, _ in kept if hit[0].kind == "penalty"], refused)
+        status = 429 if is_refused else 503 if denied else 0
         return status, [hit for hit, _ in kept], [verdict for _, verdict in kept]
+
+    def _strike(self, looks: list[Hit], refused: list[Any]) -> Steps[None]:
+        """A refusal is a strike against the key, unless it was banned already."""
+        rules = {limit.rule for limit in refused}
+        strikes = [
+            (limit, key, 1)
+            for limit, key, _ in looks
+            if limit.rule in rules and limit not in refused  # type: ignore[attr-defined]
+        ]
+        for local in (False, True):
+            batch = Batch([hit for hit in strikes if (hit[0].standin is None) is local], local=local)  # type: ignore[attr-defined]
+            if batch:
+                yield batch
 
     def _give_back(self, charges: Iterable[Charge]) -> Steps[None]:
         """Undo these charges, each exactly, and each at most once."""
@@ -390,13 +533,28 @@ class Gate:
                 yield Batch(gives=batch, local=local)
 
 
+def handled(handler: Callable[[Any, Any], Any], ticket: Ticket, refusal: Refusal) -> Refusal:
+    """What a handler of the settings makes of a refusal. Raises TypeError unless it is a Refusal."""
+    answer = handler(ticket, refusal)
+    if not isinstance(answer, Refusal):
+        raise TypeError(f"response.handler: expected a Refusal to be returned, and not {type(answer).__name__}")
+    return answer
+
+
+def _reports(rules: Iterable[Rule]) -> dict[str, tuple[str, ...]]:
+    reports: dict[str, tuple[str, ...]] = {}
+    for rule in rules:
+        kind, _, name = (rule.settles or "").partition(":")
+        if kind == "header":
+            reports[name.lower()] = (*reports.get(name.lower(), ()), rule.name)
+    return reports
+
+
+def _folded(text: str | None) -> str | None:
+    """A field of the body as a key: to most applications `Bob` and `bob ` log in as the same."""
+    return None if text is None else text.strip().casefold()
+
+
 def _is_preflight(request: Request) -> bool:
     """A browser asks whether a script may send a request (Fetch standard, CORS-preflight)."""
     return request.field("origin") is not None and request.field("access-control-request-method") is not None
-
-
-def tightness(verdict: Verdict) -> tuple[bool, float]:
-    """Sorts what is closest to exhaustion first: refusals, then the smallest part left."""
-    if not verdict.allowed:
-        return (False, -verdict.retry_ns)
-    return (True, verdict.remaining / verdict.limit)

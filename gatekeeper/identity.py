@@ -7,51 +7,21 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
+from gatekeeper.http.addresses import Address, Network, Networks, parse_address
 from gatekeeper.http.message import Request, split_list
-
-Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 UNKNOWN: Final = "unknown"
 """The address of a client that has none (a Unix socket that is not trusted). All such share one."""
 
-_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _REMEMBERED: Final = 8192
 _WORD: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PAIR: Final = re.compile(rf'\s*({_WORD})\s*=\s*({_WORD}|"(?:[^"\\]|\\.)*")\s*(?:;|\Z)')
 
 
-def parse_address(text: str) -> Address | None:
-    """An address as it stands in a forwarding field: perhaps in brackets, with a port, with a zone.
+_Known: TypeAlias = tuple[str | None, bool, Address | None]
+"""The name by which an address is counted, whether it is a trusted proxy's, and the address itself."""
 
-    IPv4 mapped into IPv6, or translated (NAT64, RFC 6052), is unmapped: else all such clients would be one /64.
-    None if it is none.
-    """
-    if len(text) > 64:
-        return None
-    text = text.strip()
-    if text.startswith("["):
-        text, closed, port = text[1:].partition("]")
-        if not closed or not (port == "" or _is_port(port)):
-            return None
-    elif text.count(":") == 1:
-        text, _, port = text.partition(":")
-        if not _is_port(":" + port):
-            return None
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return address.ipv4_mapped
-        if address in _NAT64:
-            return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
-    return address
-
-
-def _is_port(text: str) -> bool:
-    return len(text) <= 6 and text[:1] == ":" and text[1:].isascii() and text[1:].isdigit()
+_NOBODY: Final[_Known] = (None, False, None)
 
 
 class Identity:
@@ -62,10 +32,11 @@ class Identity:
       that holds a single address.
     - `ipv6_prefix`: clients of one IPv6 network of this length are one client.
     - `user`: None; the name of a field that trusted peers write; or a function of the Request.
+    - `api_key`: reads the API key of a Request; by default that of the field X-API-Key.
     """
 
     __slots__ = (
-        "_header", "_known", "_prefix", "_trusted", "_trusts_any", "_unix", "_user_field", "direct", "user",
+        "_header", "_known", "_prefix", "_trusted", "_unix", "_user_field", "api_key", "direct", "user",
     )  # fmt: skip
 
     def __init__(
@@ -77,32 +48,35 @@ class Identity:
         ipv6_prefix: int = 64,
         user_field: str | None = None,
         user: Callable[[Request], Any] | None = None,
+        api_key: Callable[[Request], str | None] = lambda request: request.field("x-api-key") or None,
     ) -> None:
-        self._trusted = tuple(trusted)
+        self._trusted = Networks(trusted)
         self._unix = unix
-        self._trusts_any = bool(self._trusted) or unix
         self._header = header
         self._prefix = ipv6_prefix
         self._user_field = user_field
         self.user = user
-        # text -> (its name as a key or None if it is no address, whether it is a trusted proxy)
-        self._known: dict[str, tuple[str | None, bool]] = {}
+        self.api_key = api_key
+        # what was seen, by its text
+        self._known: dict[str, _Known] = {}
         # The peers among them that are clients themselves: the usual case, in one look-up.
         self.direct: dict[str | None, str] = {}
 
     def address(self, request: Request) -> str:
         """The name under which this client's address is counted."""
         peer = request.peer
-        if not peer:
-            return self._behind(request, UNKNOWN) if self._unix else UNKNOWN
-        name, trusted = self._known.get(peer) or self._learn(peer)
-        if name is not None and not trusted:
+        name, trusted, _ = self._client(request)
+        if name is None:
+            return (peer or UNKNOWN)[:64]  # what the server calls its peer, such as the name of a test client
+        if not trusted and peer and not self._known.get(peer, (None, True, None))[1]:
             if len(self.direct) >= _REMEMBERED:
                 self.direct.clear()
             self.direct[peer] = name
-        if name is None:
-            return peer[:64]  # what the server calls its peer, such as the name of a test client
-        return self._behind(request, name) if trusted else name
+        return name
+
+    def ip(self, request: Request) -> Address | None:
+        """The client's address itself; None if it has none."""
+        return self._client(request)[2]
 
     def named_user(self, request: Request) -> str | None:
         """The user that a trusted peer names in its field."""
@@ -116,34 +90,32 @@ class Identity:
             return self._unix
         return (self._known.get(peer) or self._learn(peer))[1]
 
-    def _behind(self, request: Request, nearest: str) -> str:
-        """Walk the hops from the nearest; the first that is not a trusted proxy is the client.
+    def _client(self, request: Request) -> _Known:
+        """Who is at the other end, or behind it: walked from the nearest hop, the first that is no trusted proxy.
 
         What a hop that is no address hides cannot be known, nor can what stands left of it: the walk stops.
         """
+        peer = request.peer
+        nearest = (self._known.get(peer) or self._learn(peer)) if peer else (None, self._unix, None)
+        if not nearest[1]:
+            return nearest
         forwarded = self._header == "forwarded"
         lines = request.fields(self._header)
         # X-Forwarded-For knows no quoted strings.
         hops = split_list(lines) if forwarded else ",".join(lines).split(",")
         for hop in reversed(hops):
             text = _for(hop) if forwarded else hop
-            name, trusted = (None, False) if text is None else (self._known.get(text) or self._learn(text))
-            if name is None:
+            known = _NOBODY if text is None else (self._known.get(text) or self._learn(text))
+            if known[0] is None:
                 break
-            nearest = name
-            if not trusted:
+            nearest = known
+            if not known[1]:
                 break
         return nearest
 
-    def _learn(self, text: str) -> tuple[str | None, bool]:
+    def _learn(self, text: str) -> _Known:
         address = parse_address(text)
-        if address is None:
-            found: tuple[str | None, bool] = (None, False)
-        else:
-            trusted = self._trusts_any and any(
-                address in network for network in self._trusted if network.version == address.version
-            )
-            found = (self._name(address), trusted)
+        found = _NOBODY if address is None else (self._name(address), address in self._trusted, address)
         if len(text) <= 64:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()  # bounded, whatever a client makes up

@@ -1,28 +1,35 @@
-"""Settings become objects: a Gatekeeper for applications, a Limiter for anything else."""
+"""Settings become objects: the Gatekeeper of an application."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast
 from weakref import WeakSet
 
 from gatekeeper import decorators
-from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, Verdict
+from gatekeeper.commands import Batch, Hits, Limit, Replies, Store
 from gatekeeper.errors import SettingsError, StoreError
-from gatekeeper.gate import Destination, Gate, tightness
-from gatekeeper.http.fields import NAME
+from gatekeeper.gate import Access, Destination, Gate
+from gatekeeper.http.message import Request
 from gatekeeper.http.parts import part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.identity import Identity
-from gatekeeper.ratelimit.rates import parse_rates
-from gatekeeper.ratelimit.rules import LONGEST_KEY, Rule, bounded
+from gatekeeper.ratelimit.algorithms import NS, Penalty
+from gatekeeper.ratelimit.fields import Manner
+from gatekeeper.ratelimit.rates import Rate, parse_rates
+from gatekeeper.ratelimit.rules import Exemption, RateLimit, Rule
 from gatekeeper.settings import (
     IdentitySettings,
     LimitSettings,
     PoolSettings,
+    ResponseSettings,
     Settings,
     UnixAddress,
     UpstreamSettings,
@@ -30,22 +37,29 @@ from gatekeeper.settings import (
     load_settings,
     parse_upstream,
 )
+from gatekeeper.storage import checked_store, open_store
 from gatekeeper.stores.memory import MemoryStore
+from gatekeeper.upkeep import Leases, NetworkFiles
 from gatekeeper.upstreams.health import Ejection
 from gatekeeper.upstreams.policies import POLICIES, RingOrder
 from gatekeeper.upstreams.pool import Pool, Upstream
 
-STORES: Final[dict[str, Callable[..., Store]]] = {"memory": MemoryStore}
-"""Stores by the scheme of their URL."""
+_LOG: Final = logging.getLogger("gatekeeper")
 
 KEEPERS: Final[WeakSet[Gatekeeper]] = WeakSet()
 """All that there are in this process, for tests to find those that an application made for itself."""
 
-_REMEMBERED: Final = 4096
-_ONE: Final = 1  # the usual cost: by identity, 1.0 and True are none
-
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Ban(NamedTuple):
+    """A key that a rule's penalty has banned."""
+
+    rule: str
+    key: str
+    seconds: float
+    """How long it is banned for from now."""
 
 
 class Gatekeeper:
@@ -53,14 +67,26 @@ class Gatekeeper:
 
     - `settings`: a mapping, the path of a TOML file, or Settings. Raises SettingsError with all that is wrong.
     - `store`: a Store of your own in place of the one that the settings name.
+    - `workers`: among how many processes a rule is divided while it is counted in each by itself, for the store
+      does not answer (default 1).
     """
 
-    def __init__(self, settings: Settings | Mapping[str, Any] | str | Path, *, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | Mapping[str, Any] | str | Path,
+        *,
+        store: Store | None = None,
+        workers: int = 1,
+    ) -> None:
         self.settings = load_settings(settings)
-        self.gate = self._gate = _gate(self.settings)
+        self._files = NetworkFiles(self.settings.access.reload / 1e9, _LOG.warning)
+        self._leases = Leases(self._ask_any)
+        self.gate = self._gate = _gate(self.settings, self._files, self._leases, workers)
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
-        self.use(MemoryStore(max_keys=self.settings.store.max_keys) if store is None else store)
+        self.use(open_store(self.settings.store, _limits(self._gate)) if store is None else store)
+        self._files.watch()
+        self.enabled = self.settings.enabled
         KEEPERS.add(self)
 
     def use(self, store: Store) -> Store:
@@ -69,12 +95,26 @@ class Gatekeeper:
         For tests. What the first store counted is not brought along, and a gateway that serves does not see it.
         """
         before = getattr(self, "store", store)
-        self.store = _checked_store(store)
+        self.store = checked_store(store)
         # Memory always answers: nothing need stand between.
         self.ask: Callable[[Hits], Replies] = store.ask if isinstance(store, MemoryStore) else self._ask
         # An asynchronous function can only be awaited, whatever the store.
-        self.awaits = not store.local or is_asynchronous(self.settings.identity.user)
+        self.awaits = not store.local or any(is_asynchronous(one) for _, one in self.functions())
         return before
+
+    def require(self, *, awaiting: bool) -> None:
+        """Raises MissingExtra, now and not later, if the store lacks a package for being asked so."""
+        require = getattr(self.store, "require", None)
+        if require is not None:
+            require(awaiting=awaiting)
+
+    def functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """The functions of the settings that requests are asked, each with its path."""
+        if callable(self.settings.identity.user):
+            yield "identity.user", self.settings.identity.user
+        for place, limit in enumerate(self.settings.limits):
+            for function in limit.functions:
+                yield f"limits[{place}]", function
 
     @property
     def enabled(self) -> bool:
@@ -86,8 +126,54 @@ class Gatekeeper:
         if wanted:
             self.gate = self._gate
         elif not self.gate.off:
-            self.gate = Gate((), _identity(self.settings.identity), fields=False)
+            self.gate = Gate((), _identity(self.settings.identity), manner=Manner(fields=False))
             self.gate.off = True
+
+    def rule(self, limit: LimitSettings, space: str) -> Rule:
+        """A rule that is not of the settings, for a decorator. Raises SettingsError."""
+        rule = rule_of(limit, self.settings, self._files, "limit", space=space, is_shared=limit.scope is not None)
+        self._files.watch()
+        return rule
+
+    def bans(self) -> list[Ban]:
+        """The keys that are banned at the moment. Raises StoreError."""
+        found: list[Ban] = []
+        for limit in self._penalties():
+            keys = self.store.keys(limit)
+            found += _banned(limit, keys, self.store.ask(_looks(limit, keys)))
+        return found
+
+    async def abans(self) -> list[Ban]:
+        """As `bans`, awaiting the store."""
+        found: list[Ban] = []
+        for limit in self._penalties():
+            keys = await self.store.akeys(limit)
+            found += _banned(limit, keys, await self.store.aask(_looks(limit, keys)))
+        return found
+
+    def lift(self, rule: str, key: str) -> None:
+        """Lift the ban of a key, as `bans` lists it, and forget its strikes.
+
+        Raises KeyError for a rule without a penalty.
+        """
+        self.store.ask(self._lifting(rule, key))
+
+    async def alift(self, rule: str, key: str) -> None:
+        """As `lift`, awaiting the store."""
+        await self.store.aask(self._lifting(rule, key))
+
+    def _lifting(self, rule: str, key: str) -> Batch:
+        limits = [limit for limit in self._penalties() if limit.rule.name == rule]
+        if not limits:
+            names = ", ".join(limit.rule.name for limit in self._penalties())
+            raise KeyError(f"expected the name of a rule with a penalty: {names or 'none has one'}")
+        return Batch(resets=[(limit, key) for limit in limits])
+
+    def _penalties(self) -> list[RateLimit]:
+        return [rule.penalty for rule in self._gate.rules if rule.penalty is not None]
+
+    def _ask_any(self, batch: Hits) -> Replies:
+        return self._ask(batch)
 
     def _ask(self, batch: Hits) -> Replies:
         return (self._local if isinstance(batch, Batch) and batch.local else self.store).ask(batch)
@@ -96,18 +182,19 @@ class Gatekeeper:
         return await (self._local if isinstance(batch, Batch) and batch.local else self.store).aask(batch)
 
     def limit(
-        self, rate: str, *, key: str | Sequence[str] = "ip", cost: int = 1, name: str | None = None
+        self, rate: str | Sequence[str], *, name: str | None = None, **settings: Any
     ) -> Callable[[Callable[P, T]], Callable[P, T]]:
         """Limit a function, synchronous or not: `@gk.limit("5/minute")`.
 
         Inside a request each client has its quota, by `key`; elsewhere all callers share one. `name` is told to
-        clients and keeps counters apart; by default it is the function's own. A call too many raises Limited,
-        which the middleware answers with 429.
+        clients and keeps counters apart; by default it is the function's own. `settings` are those of a rule in a
+        file (`key`, `cost`, `tiers`, `shadow`, …), but those that say for which requests it is. A call too many
+        raises Limited, which the middleware answers with 429.
 
-        Raises SettingsError for a rate, key or cost that cannot be, and, when it decorates, TypeError for what
-        cannot be limited: classes, generator functions and what is not callable.
+        Raises SettingsError for settings that cannot be, and, when it decorates, TypeError for what cannot be
+        limited: classes, generator functions and what is not callable.
         """
-        return decorators.limit(self, rate, key, cost, name)
+        return decorators.limit(self, rate, name, settings)
 
     def close(self) -> None:
         """Let go of what the store holds. The counters in memory are forgotten."""
@@ -120,11 +207,64 @@ class Gatekeeper:
         return f"<Gatekeeper {list(self.gate.rules)}>"
 
 
-def _gate(settings: Settings) -> Gate:
-    rules = [_rule(limit, settings) for limit in settings.limits]
+def _looks(limit: Limit, keys: Iterable[str]) -> Batch:
+    return Batch([(limit, key, 0) for key in keys], spend=False)
+
+
+def _banned(limit: RateLimit, keys: Iterable[str], replies: Replies) -> Iterator[Ban]:
+    for key, reply in zip(keys, replies, strict=True):
+        if isinstance(reply, StoreError):
+            raise reply
+        if not reply.allowed:
+            yield Ban(limit.rule.name, key, reply.retry_after)
+
+
+def _limits(gate: Gate) -> Iterator[RateLimit]:
+    """Every limit of a gate."""
+    for rule in gate.rules:
+        yield from rule.limits
+        for limits in rule.tiers.values():
+            yield from limits
+        if rule.penalty is not None:
+            yield rule.penalty
+
+
+def _gate(settings: Settings, files: NetworkFiles, leases: Leases, workers: int) -> Gate:
+    scopes = Counter(limit.scope for limit in settings.limits if limit.scope)
+    rules = [
+        rule_of(
+            limit, settings, files, f"limits[{place}]", workers=workers, is_shared=scopes[limit.scope or ""] > 1
+        )
+        for place, limit in enumerate(settings.limits)
+    ]
     destinations = {name: _destination(name, pool) for name, pool in settings.pools.items()}
     routes = [(Pattern(route.match), destinations[route.pool]) for route in settings.routes]
-    return Gate(rules, _identity(settings.identity), fields=settings.response.fields, routes=routes)
+    access = settings.access
+    return Gate(
+        rules,
+        _identity(settings.identity),
+        manner=_manner(settings.response),
+        routes=routes,
+        access=Access(files.networks(access.allow, "access.allow"), files.networks(access.deny, "access.deny"))
+        if access.allow or access.deny
+        else None,
+        leases=leases,
+        most_body=settings.identity.max_body,
+    )
+
+
+def _manner(settings: ResponseSettings) -> Manner:
+    return Manner(
+        fields=settings.fields,
+        x_ratelimit=settings.x_ratelimit,
+        jitter=settings.retry_jitter / 1e9,
+        body=settings.body,
+        content_type=settings.content_type,
+        handler=settings.handler,
+        close_code=settings.close_code,
+        clock=time.time,
+        draw=random.random,
+    )
 
 
 def _destination(name: str, settings: PoolSettings) -> Destination:
@@ -164,18 +304,60 @@ def _upstream(settings: UpstreamSettings, pool: PoolSettings) -> Upstream:
     )
 
 
-def _rule(limit: LimitSettings, settings: Settings) -> Rule:
+def rule_of(
+    limit: LimitSettings,
+    settings: Settings,
+    files: NetworkFiles,
+    where: str,
+    *,
+    workers: int = 1,
+    is_shared: bool = False,
+    space: str | None = None,
+) -> Rule:
+    """The rule that settings describe. Raises SettingsError, for files that they name."""
+    if limit.concurrency is None:
+        rates, algorithm = parse_rates(";".join(limit.rate)), limit.counted_by
+    else:
+        rates, algorithm = (Rate(limit.concurrency, max(1, -(-limit.lease // NS))),), "concurrency"
+    penalty = limit.penalty
     return Rule(
         limit.name,
-        parse_rates(";".join(limit.rate)),
-        algorithm=limit.counted_by,
+        rates,
+        algorithm=algorithm,
         burst=limit.burst,
         pattern=None if limit.match is None else Pattern(limit.match),
         keys=limit.key,
         cost=limit.cost,
         on_error=limit.on_error or settings.store.on_error,
         gives_back=limit.give_back,
+        resets_on=limit.reset_on,
+        settles=limit.settle,
         preflights=limit.preflights,
+        workers=workers,
+        space=space if limit.scope is None else f"+{limit.scope}",  # a rule's name begins with no sign
+        is_shared=is_shared,
+        tier=limit.tier,
+        tiers={name: parse_rates(";".join(rates)) if rates else () for name, rates in limit.tiers.items()},
+        exempt=_exemption(limit.exempt, files, f"{where}.exempt") if limit.exempt else None,
+        penalty=None
+        if penalty is None
+        else Penalty(penalty.strikes, penalty.within, penalty.ban, max(penalty.ban, penalty.at_most)),
+        shadow=limit.shadow,
+        overrides=limit.overrides,
+        messages=limit.per == "message",
+    )
+
+
+def _exemption(entries: Sequence[Any], files: NetworkFiles, where: str) -> Exemption:
+    texts = [one for one in entries if isinstance(one, str)]
+    users = [text.removeprefix("user:") for text in texts if text.startswith("user:")]
+    fields = [text.removeprefix("header:").partition("=") for text in texts if text.startswith("header:")]
+    networks = [text for text in texts if not text.startswith(("user:", "header:"))]
+    return Exemption(
+        networks=files.networks(networks, where) if networks else None,
+        users=users,
+        fields={name: value for name, _, value in fields},
+        functions=[one for one in entries if callable(one)],
     )
 
 
@@ -188,127 +370,11 @@ def _identity(settings: IdentitySettings) -> Identity:
         ipv6_prefix=settings.ipv6_prefix,
         user_field=user.partition(":")[2].lower() if isinstance(user, str) else None,
         user=user if callable(user) else None,
+        api_key=_bearer if settings.api_key == "bearer" else cast(Any, part(settings.api_key)),
     )
 
 
-class Limiter:
-    """Limits without any framework::
-
-        limiter = Limiter("memory://")
-        if not limiter.hit("100/minute", "user:7"):
-            ...
-
-    A `rate` is as in settings: "5/minute", "5/minute; 20/hour" (all or nothing), at most so many in any window
-    of that length. `algorithm` is for all of them ("sliding_window", "gcra", "sliding_counter", "fixed_window").
-
-    Counters are kept apart by rate and key. Give a `name` to keep them apart by name instead: then a changed
-    amount keeps what was used.
-
-    Raises SettingsError for a store or algorithm it does not know; its methods raise RateError for a rate,
-    TypeError for a key that is not a string, ValueError for a cost below 1.
-    """
-
-    def __init__(self, store: str | Store = "memory://", *, algorithm: str = "sliding_window") -> None:
-        (checked,) = load_settings(
-            {"limits": [{"name": "limiter", "rate": "1/second", "algorithm": algorithm}]}
-        ).limits
-        self._algorithm = checked.counted_by
-        if isinstance(store, str):
-            make = STORES.get(store.partition("://")[0]) if store.endswith("://") else None
-            if make is None:
-                raise SettingsError([f"store: expected {' or '.join(f'{name}://' for name in STORES)}, or a store"])
-            store = make()
-        self.store: Store = _checked_store(store)
-        self._limits: dict[str | tuple[str, str], tuple[Limit, ...]] = {}
-        self._plain: dict[str, Limit] = {}  # of them those by rate alone, where it is one
-
-    def hit(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
-        """Spend `cost` units if all rates allow it. The verdict is the tightest rate's."""
-        limit = self._plain.get(rate) if name is None and cost is _ONE else None
-        if limit is not None and key.__class__ is str and len(key) <= LONGEST_KEY:
-            hits: Hits = [(limit, key, 1)]
-        else:
-            hits = self._batch(rate, key, cost, name)
-        replies = self.store.ask(hits)
-        verdict = replies[0]
-        return verdict if len(replies) == 1 and verdict.__class__ is Verdict else _tightest(replies)
-
-    async def ahit(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
-        """As `hit`, awaiting the store."""
-        return _tightest(await self.store.aask(self._batch(rate, key, cost, name)))
-
-    def peek(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
-        """What `hit` would answer, spending nothing."""
-        return _tightest(self.store.ask(Batch(self._batch(rate, key, cost, name), spend=False)))
-
-    async def apeek(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
-        """As `peek`, awaiting the store."""
-        return _tightest(await self.store.aask(Batch(self._batch(rate, key, cost, name), spend=False)))
-
-    def reset(self, rate: str, key: str, name: str | None = None) -> None:
-        """Forget what the key has used."""
-        self.store.ask(self._forget(rate, key, name))
-
-    async def areset(self, rate: str, key: str, name: str | None = None) -> None:
-        """As `reset`, awaiting the store."""
-        await self.store.aask(self._forget(rate, key, name))
-
-    def close(self) -> None:
-        self.store.close()
-
-    async def aclose(self) -> None:
-        await self.store.aclose()
-
-    def _batch(self, rate: str, key: str, cost: int, name: str | None) -> Hits:
-        limits = self._limits.get(rate if name is None else (name, rate)) or self._learn(rate, name)
-        if key.__class__ is not str or len(key) > LONGEST_KEY or cost is not _ONE:
-            key = _checked(key, cost)
-        if len(limits) == 1:
-            return [(limits[0], key, cost)]
-        return [(limit, key, cost) for limit in limits]
-
-    def _forget(self, rate: str, key: str, name: str | None) -> Batch:
-        return Batch(resets=[(limit, key) for limit, key, _ in self._batch(rate, key, 1, name)])
-
-    def _learn(self, rate: str, name: str | None) -> tuple[Limit, ...]:
-        if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
-            raise ValueError("name: expected 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
-        rates = parse_rates(rate)
-        limits: tuple[Limit, ...]
-        if name is None:
-            # No rule's name begins with a star, so these spaces are nobody else's.
-            limits = tuple(Rule(f"*{part.amount}", [part], algorithm=self._algorithm).limits[0] for part in rates)
-        else:
-            limits = Rule(name, rates, algorithm=self._algorithm).limits
-        if len(self._limits) >= _REMEMBERED:
-            self._limits.clear()
-            self._plain.clear()
-        if name is None and len(limits) == 1:
-            self._plain[rate] = limits[0]
-        self._limits[rate if name is None else (name, rate)] = limits
-        return limits
-
-
-def _checked_store(store: Store) -> Store:
-    if not all(hasattr(store, name) for name in ("ask", "aask", "local", "close", "aclose")):
-        raise SettingsError([f"store: expected a store (gatekeeper.commands.Store), not {type(store).__name__}"])
-    return store
-
-
-def _checked(key: str, cost: int) -> str:
-    if not isinstance(key, str):
-        raise TypeError(f"key: expected a string, and not {type(key).__name__}")
-    if not isinstance(cost, int) or isinstance(cost, bool):
-        raise TypeError(f"cost: expected an integer, and not {type(cost).__name__}")
-    if cost < 1:
-        raise ValueError("cost: expected at least 1")
-    return bounded(key)
-
-
-def _tightest(replies: Replies) -> Verdict:
-    verdicts = []
-    for reply in replies:
-        if isinstance(reply, StoreError):
-            raise reply
-        verdicts.append(reply)
-    return min(verdicts, key=tightness)
+def _bearer(request: Request) -> str | None:
+    """The token of `Authorization: Bearer` (RFC 6750, 2.1)."""
+    scheme, _, token = (request.field("authorization") or "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None

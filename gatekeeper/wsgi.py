@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any, Final, TypeAlias, TypeVar
 from gatekeeper.commands import run
 from gatekeeper.decorators import CURRENT, IN_USE
 from gatekeeper.errors import Limited, SettingsError
-from gatekeeper.gate import Refusal, Ticket
 from gatekeeper.http.message import EnvironRequest
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.settings import Settings, is_asynchronous
+from gatekeeper.ticket import Refusal, Ticket
 
 Environ: TypeAlias = dict[str, Any]
 StartResponse: TypeAlias = Callable[..., Callable[[bytes], object]]
@@ -35,8 +36,14 @@ class GatekeeperMiddleware:
     def __init__(self, app: App, settings: Gatekeeper | Settings | Mapping[str, Any] | str | Path) -> None:
         self.app = app
         self.keeper = settings if isinstance(settings, Gatekeeper) else Gatekeeper(settings)
-        if is_asynchronous(self.keeper.settings.identity.user):
-            raise SettingsError(["identity.user: expected a function that is not asynchronous, under WSGI"])
+        self.keeper.require(awaiting=False)
+        problems = [
+            f"{path}: expected a function that is not asynchronous, under WSGI"
+            for path, function in self.keeper.functions()
+            if is_asynchronous(function)
+        ]
+        if problems:
+            raise SettingsError(problems)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         keeper = self.keeper
@@ -47,7 +54,7 @@ class GatekeeperMiddleware:
             ticket.outer = environ["gatekeeper.ticket"]
             if ticket.outer.under(gate) is not None:
                 return self.app(environ, start_response)  # the same policy stands around us already
-        ticket.refused = gate.admit_at_once(ticket, keeper.ask)
+        ticket.refused = gate.admit_at_once(ticket, keeper.ask, ticket.read)
         if ticket.refused:
             return _refuse(environ, start_response, gate.refusal(ticket))
         environ["gatekeeper.ticket"] = ticket
@@ -77,13 +84,69 @@ class _Ticket(EnvironRequest, Ticket):
             # The application took a decorator's refusal for a fault of its own; we know better.
             self.replace(self.gate.refusal(self, limited.verdict), *exc_info)
             return _discard
+        if self.gate.reports and self.is_open:
+            headers = self._heed(headers)
         fields = [(name.decode(), value.decode()) for name, value in self.gate.respond(self)]
-        return self.start_response(status, headers + fields, *exc_info)
+        write = self.start_response(status, headers + fields, *exc_info)
+        return self._counted(write) if self.is_open else write
+
+    def read(self, most: int) -> bytes | None:
+        """The body, None if it is longer; the application is given it all the same."""
+        environ = self.native
+        length = environ.get("CONTENT_LENGTH") or ""
+        left = int(length) if length.isascii() and length.isdigit() else 0
+        if environ.get("wsgi.input_terminated"):  # a server that has unchunked the body says so
+            left = left or most + 1
+        source = environ["wsgi.input"]
+        head = b""
+        while len(head) < min(left, most + 1):
+            piece = source.read(min(left, most + 1) - len(head))
+            if not piece:
+                break
+            head += piece
+        environ["wsgi.input"] = io.BufferedReader(_Replayed(head, source, left - len(head)))
+        return head if len(head) <= most else None
+
+    def _heed(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """A response's fields without those that tell us what it has cost."""
+        for name, value in headers:
+            if name.lower() in self.gate.reports:
+                self.gate.report(self, name.lower(), value)
+        return [(name, value) for name, value in headers if name.lower() not in self.gate.reports]
+
+    def _counted(self, write: Callable[[bytes], object]) -> Callable[[bytes], object]:
+        def counted(data: bytes) -> object:
+            self.moved += len(data)
+            return write(data)
+
+        return counted
 
     def replace(self, refusal: Refusal, *exc_info: Any) -> None:
         self.sent = refusal.status
         self.replaced = True
         self.refusal = _refuse(self.native, self.start_response, refusal, *exc_info)
+
+
+class _Replayed(io.RawIOBase):
+    """A body whose beginning was read already. It ends where the request does: servers may wait for more."""
+
+    def __init__(self, head: bytes, source: Any, left: int) -> None:
+        self._head = head
+        self._source = source
+        self._left = left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = len(buffer)
+        if self._head:
+            piece, self._head = self._head[:size], self._head[size:]
+        else:
+            piece = self._source.read(min(size, self._left)) if self._left > 0 else b""
+            self._left -= len(piece)
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 class _Body:
@@ -116,6 +179,7 @@ class _Body:
             chunk = self._watch(lambda: next(self._iterator, None), None)
             if not ticket.replaced:
                 if chunk is not None:
+                    ticket.moved += len(chunk)
                     return chunk
                 ticket.ended = True
                 raise StopIteration

@@ -224,7 +224,7 @@ class TestWebSockets:
     def test_elsewhere_it_is_closed_before_it_is_accepted(self) -> None:
         middleware = GatekeeperMiddleware(self.echo, ONE)
         run(middleware, websocket(), self.CONNECT)
-        assert run(middleware, websocket(), self.CONNECT) == [{"type": "websocket.close", "code": 1008}]
+        assert run(middleware, websocket(), self.CONNECT) == [{"type": "websocket.close", "code": 1013}]
 
     def test_under_a_real_framework(self) -> None:
         async def endpoint(socket: WebSocket) -> None:

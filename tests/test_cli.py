@@ -149,7 +149,7 @@ def test_output_that_cannot_be_written_is_told_in_one_line_with_status_1(argumen
 
 def test_all_that_is_wrong_goes_to_standard_error_with_status_2(file: Path) -> None:
     file.write_text(
-        '[stroe]\n[store]\nurl = "redis://:hunter2@host"\n[[limits]]\nname = "a"\nrate = "hunter2"\n',
+        '[stroe]\n[store]\nurl = "redis:/hunter2@host"\n[[limits]]\nname = "a"\nrate = "hunter2"\n',
         encoding="utf-8",
     )
     done = run("check", file)

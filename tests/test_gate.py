@@ -8,12 +8,13 @@ import pytest
 
 from gatekeeper.commands import Call, Hits, Verdict, arun, run
 from gatekeeper.errors import StoreError
-from gatekeeper.gate import Gate, Ticket
+from gatekeeper.gate import Gate
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.http.routes import Pattern
 from gatekeeper.identity import Identity
 from gatekeeper.ratelimit.rates import Rate
 from gatekeeper.ratelimit.rules import OnError, Rule
+from gatekeeper.ticket import Ticket
 
 DOWN = StoreError("down")
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gatekeeper.http.addresses import parse_address
 from gatekeeper.http.message import EnvironRequest, ScopeRequest
-from gatekeeper.identity import UNKNOWN, Identity, parse_address
+from gatekeeper.identity import UNKNOWN, Identity
 
 CLIENT = "198.51.100.7"
 SPOOFED = "203.0.113.9"

@@ -15,9 +15,9 @@ FLOORS: Final[dict[str, int]] = {
         (
             "errors http keys commands",
             "identity ratelimit sessions affinity upstreams",
-            "gate",
+            "gate ticket",
             "stores proxy",
-            "settings keeper decorators",
+            "settings storage upkeep keeper limiter decorators",
             "asgi wsgi testing gateway",
             "cli",
         )

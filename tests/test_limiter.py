@@ -122,7 +122,9 @@ def test_a_wrong_argument_is_a_clear_error_that_spends_nothing(
     assert limiter.hit("1/minute", "a")
 
 
-@pytest.mark.parametrize("store", ["memory", "redis://user:hunter2@host", "", "memory:/", "memory://x", 7])
+@pytest.mark.parametrize(
+    "store", ["memory", "redis://user:hunter2@host:x", "nosql://user:hunter2@host", "", "memory:/", "memory://x", 7]
+)
 def test_a_store_it_does_not_know_is_refused_without_showing_the_url(store: Any) -> None:
     with pytest.raises((SettingsError, TypeError)) as error:
         Limiter(store)
@@ -238,7 +240,7 @@ class TestDecorators:
         ("arguments", "message"),
         [
             ({"rate": "5/fortnight"}, "rate: expected a rate"),
-            ({"rate": "5/minute", "key": "address"}, "key: expected ip, user"),
+            ({"rate": "5/minute", "key": "address"}, "key: expected ip, ip/BITS"),
             ({"rate": "5/minute", "cost": 0}, "cost: expected"),
             ({"rate": "5/minute", "cost": 6}, "expected a cost within the rate"),
             ({"rate": "5/minute", "name": "a b"}, "name: expected"),

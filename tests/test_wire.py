@@ -94,7 +94,7 @@ def test_a_head_is_read_into_what_goes_on_and_what_does_not() -> None:
     assert (request.target, request.path) == (b"/a%20b?x=%2e%2e/;y", "/a b")
     assert request.host == b"a.example"
     assert told(request.lines) == ["Accept: text/html", "Via: 1.1 other", "Max-Forwards: 7", "accept: text/plain"]
-    assert [(field.name, field.value) for field in request.claims] == [(b"x-forwarded-for", b"192.0.2.1")]
+    assert [(field.name, field.value) for field in request.forwarding] == [(b"x-forwarded-for", b"192.0.2.1")]
     assert request.via == [b"1.1 other"]
     assert (request.length, request.keeps_alive, request.is_old, request.expects) == (12, True, False, True)
     assert (request.max_forwards, request.readings) == (None, ())  # it is for OPTIONS
@@ -106,7 +106,7 @@ def test_a_head_is_read_into_what_goes_on_and_what_does_not() -> None:
 def test_a_request_has_nothing_of_the_one_before_that_was_read_by_the_same_object() -> None:
     request = read(head("POST /a%2Fb", "Content-Length: 5", "Connection: close", "Via: x", "X-Real-IP: y"))
     request.read(head("GET /"))
-    assert (request.length, request.keeps_alive, request.lines, request.claims, request.via) == (
+    assert (request.length, request.keeps_alive, request.lines, request.forwarding, request.via) == (
         0,
         True,
         [],
@@ -342,7 +342,7 @@ def test_connection_cannot_take_away_what_others_rely_on(name: str) -> None:
 @pytest.mark.parametrize("name", ["X-Forwarded-For", "X-Forwarded-Anything", "Forwarded", "X-Real-IP"])
 def test_connection_cannot_take_away_what_a_proxy_said_and_framing(name: str) -> None:
     request = read(head("POST /", f"{name}: 1", f"Connection: {name}, content-length", "Content-Length: 3"))
-    assert [claim.line for claim in request.claims] == [f"{name}: 1".encode()]
+    assert [claim.line for claim in request.forwarding] == [f"{name}: 1".encode()]
     assert request.length == 3
 
 
@@ -670,7 +670,7 @@ def test_no_bytes_make_the_reading_of_a_request_raise_anything_but_its_refusal(r
         return
     assert re.fullmatch(rb'/[!"$-\[\]-~]*|\*', request.target)
     assert request.length >= CHUNKED
-    for line in chain(request.lines, [claim.line for claim in request.claims]):
+    for line in chain(request.lines, [claim.line for claim in request.forwarding]):
         assert re.fullmatch(rb"[!#$%&'*+.^`|~0-9A-Za-z-]+: ?[^\0\r\n\x7f]*", line), (
             "no field that is spelt in two ways"
         )
@@ -713,7 +713,7 @@ def test_a_request_that_was_written_anew_is_read_the_same_again(raw: bytes) -> N
     lines = [b"%b %b HTTP/1.1" % (request.verb, request.target), b"Host: " + request.host, *request.lines]
     again = read(b"\r\n".join([*lines, *framing(request.length)]))
     assert meaning(again) == meaning(request)
-    assert again.claims == []
+    assert again.forwarding == []
     assert again.keeps_alive
     assert not again.expects
 

@@ -115,6 +115,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")
     _raise_file_limit()
     keeper = Gatekeeper(Path(file))
+    keeper.require(awaiting=True)
     server, control = socket.socket(fileno=int(server_fd)), socket.socket(fileno=int(control_fd))
     server.setblocking(False)
     uvloop.run(work(keeper, server, control, pseudonym))

@@ -35,6 +35,9 @@ class Request(Protocol):
         Where the field is repeated its values are joined by commas (RFC 9110, 5.3), as WSGI servers do.
         """
 
+    def query(self) -> str:
+        """The query as it came, percent-encoded, without its question mark."""
+
 
 class ScopeRequest:
     """A Request over an ASGI scope ("http" or "websocket")."""
@@ -53,6 +56,10 @@ class ScopeRequest:
     def field(self, name: str) -> str | None:
         values = self.fields(name)
         return ",".join(values) if values else None
+
+    def query(self) -> str:
+        query: bytes = self.native.get("query_string", b"")
+        return query.decode("latin-1")
 
 
 class EnvironRequest:
@@ -76,6 +83,10 @@ class EnvironRequest:
             key = "HTTP_" + key
         value = self.native.get(key)
         return value if isinstance(value, str) else None
+
+    def query(self) -> str:
+        query: str = self.native.get("QUERY_STRING", "")
+        return query
 
 
 def split_list(values: Iterable[str]) -> list[str]:

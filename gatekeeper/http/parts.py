@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from collections.abc import Callable, Iterable
-from typing import Final, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Protocol, TypeAlias
+from urllib.parse import unquote_plus
 
 from gatekeeper.errors import GatekeeperError
 from gatekeeper.http.message import Request
@@ -20,6 +22,12 @@ class Subject(Request, Protocol):
     @property
     def user(self) -> str | None: ...
 
+    @property
+    def api_key(self) -> str | None: ...
+
+    @property
+    def claims(self) -> Mapping[str, Any]: ...
+
 
 Part: TypeAlias = Callable[[Subject], str | None]
 """What reads a part of a request; None if the request lacks it."""
@@ -27,16 +35,24 @@ Part: TypeAlias = Callable[[Subject], str | None]
 PARTS: Final[dict[str, Part]] = {
     "ip": lambda subject: subject.address,
     "user": lambda subject: subject.user,
+    "api_key": lambda subject: subject.api_key,
     "method": lambda subject: subject.method,
     "host": lambda subject: host_of(subject.field("host")),
     "path": lambda subject: normalise(subject.path),
 }
-"""The parts by name; besides them there are "header:NAME" and "cookie:NAME"."""
+"""The parts by name; besides them there are those of `EXPECTED`."""
+
+EXPECTED: Final = f"{', '.join(PARTS)}, ip/BITS, header:NAME, cookie:NAME, query:NAME or claim:NAME"
+
+LONGEST_QUERY: Final = 16 * 1024
+"""A query of more characters has no parameters: it is not looked through."""
 
 LONGEST_COOKIES: Final = 32 * 1024
 """So many characters of the Cookie fields are looked through. What stands behind them is not there."""
 
 _FIELD: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
+_PREFIX: Final = re.compile(r"ip/([0-9]{1,2})(?:/([0-9]{1,3}))?")
+_NAME: Final = re.compile(r"[!-~]{1,64}")
 _COOKIE: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")  # a token: RFC 6265, 4.1.1
 
 
@@ -45,16 +61,67 @@ class PartError(GatekeeperError, ValueError):
 
 
 def part(text: str) -> Part:
-    """What reads a part of a request, by the part's name. Raises PartError for an unknown one."""
+    """What reads a part of a request, by the part's name. Raises PartError for an unknown one.
+
+    "ip/24" is the network of the client's address, of so many bits if it is an IPv4 one; "ip/24/48" says how many
+    of an IPv6 one, which else is as `identity.ipv6_prefix` has it.
+    """
     if text in PARTS:
         return PARTS[text]
+    prefix = _PREFIX.fullmatch(text)
+    if prefix is not None:
+        bits = int(prefix[1]), None if prefix[2] is None else int(prefix[2])
+        if 1 <= bits[0] <= 32 and (bits[1] is None or 1 <= bits[1] <= 128):
+            return lambda subject: network_of(subject.address, *bits)
     kind, _, name = text.partition(":")
     if kind == "header" and _FIELD.fullmatch(name):
         field = name.lower()
         return lambda subject: subject.field(field) or None
     if kind == "cookie" and _COOKIE.fullmatch(name):
         return lambda subject: cookie(subject.fields("cookie"), name) or None
-    raise PartError(f"expected {', '.join(PARTS)}, header:NAME or cookie:NAME")
+    if kind == "query" and _NAME.fullmatch(name):
+        return lambda subject: parameter(subject.query(), name) or None
+    if kind == "claim" and _NAME.fullmatch(name):
+        return lambda subject: as_text(subject.claims.get(name))
+    raise PartError(f"expected {EXPECTED}")
+
+
+def as_text(value: object) -> str | None:
+    """A text or a number as text; None for what is neither, and for nothing at all."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) or None if isinstance(value, str | int | float) else None
+
+
+def network_of(address: str, bits: int, bits6: int | None = None) -> str:
+    """The network of a client's address: so many bits of an IPv4 address, `bits6` of an IPv6 one (None: as it is).
+
+    What is no address, as a test client's name, is itself.
+    """
+    try:
+        network = ipaddress.ip_network(address)
+    except ValueError:
+        return address
+    most = bits if network.version == 4 else bits6
+    return address if most is None or most >= network.prefixlen else str(network.supernet(new_prefix=most))
+
+
+def parameter(query: str, name: str) -> str | None:
+    """The value of a parameter of a query; None if there is none.
+
+    Nor is there one that is given twice: which of them the application believes cannot be known, and a client that
+    sends a value of its own beside the real one would have a quota of its own each time.
+    """
+    found = None
+    if len(query) > LONGEST_QUERY:
+        return None
+    for pair in query.split("&"):
+        key, _, value = pair.partition("=")
+        if key == name or (("%" in key or "+" in key) and unquote_plus(key) == name):
+            if found is not None:
+                return None
+            found = unquote_plus(value)
+    return found
 
 
 def cookie(fields: Iterable[str], name: str) -> str | None:

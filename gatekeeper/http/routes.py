@@ -112,6 +112,16 @@ class Pattern:
             return path.startswith(self._prefix) or path == self._prefix[:-1]
         return path == self.path if self._path is None else self._path.fullmatch(path) is not None
 
+    def parameter(self, name: str, path: str) -> str | None:
+        """What `{name}` stands for in a path that this covers, normalised; None in one that it does not."""
+        found = None if self._path is None else self._path.fullmatch(normalise(path))
+        return None if found is None else found.groupdict().get(name)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of its variable parts."""
+        return frozenset() if self._path is None else frozenset(self._path.groupindex)
+
     def _covers_host(self, host: str) -> bool:
         if self.host is not None and self.host.startswith("*."):
             return host.endswith(self.host[1:])

@@ -8,7 +8,6 @@ from random import random
 from typing import TYPE_CHECKING, Final
 
 from gatekeeper.commands import arun, run
-from gatekeeper.gate import Ticket
 from gatekeeper.proxy.answers import own_answer, own_head
 from gatekeeper.proxy.connections import HIGH_WATER, UpstreamConnection
 from gatekeeper.proxy.wire import (
@@ -26,6 +25,7 @@ from gatekeeper.proxy.wire import (
     request_body,
     response_body,
 )
+from gatekeeper.ticket import Ticket
 from gatekeeper.upstreams.retry import MOST_REPEATS, may_repeat
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class Exchange(WireRequest, Ticket):
 
     # Slots: there are more attributes than CPython keeps compact in an instance's dictionary.
     __slots__ = (
-        "address", "answer", "arrived", "body", "body_taken", "candidates", "claims", "client", "connection",
-        "destination", "expects", "front", "gate", "head", "hits", "host", "in_chunks", "is_forwarded", "is_old",
+        "address", "answer", "arrived", "body", "body_taken", "candidates", "client", "connection", "destination",
+        "expects", "forwarding", "front", "gate", "head", "hits", "host", "in_chunks", "is_forwarded", "is_old",
         "is_open", "is_over", "keeps", "keeps_alive", "length", "lines", "mark", "max_forwards", "method", "moved",
         "native", "now", "partial", "path", "peer", "pending", "readings", "refused", "replaced", "rules", "sent",
         "target", "task", "term", "upstream", "verb", "verdicts", "via",
@@ -63,6 +63,8 @@ class Exchange(WireRequest, Ticket):
     timed_out = False  # the last upstream that was turned to did not answer in time
     repeats = 0  # how often it was sent again
     interim = 0  # how many 1xx came before the response
+    peeked: bytes | None = None  # its body as it came, while a rule may count by a field of it
+    waiting: asyncio.Future[None] | None = None  # of somebody who reads that
 
     def __init__(self, client: ClientConnection, front: Front) -> None:
         self.client = client
@@ -106,16 +108,18 @@ class Exchange(WireRequest, Ticket):
         if self.length > front.max_body:
             self._own(413)
             return
+        if front.gate.reads_body:
+            self.peeked = b""
         if data:
             self.more(data)
         if self.is_over:
             return
-        if front.awaits:
+        if front.awaits or (self.peeked is not None and not self.body.is_done):
             self._wait_for_body()
             self.task = front.loop.create_task(self._admit())
             return
         try:
-            self.refused = front.gate.admit_at_once(self, front.ask)
+            self.refused = front.gate.admit_at_once(self, front.ask, self._peek)
         except Exception:
             self._failed()
             return
@@ -130,7 +134,7 @@ class Exchange(WireRequest, Ticket):
 
     async def _admit(self) -> None:
         try:
-            refused = await arun(self.front.gate.admit(self), self.front.aask)
+            refused = await arun(self.front.gate.admit(self), self.front.aask, self._read)
         except Exception:
             self._failed()
             return
@@ -138,6 +142,22 @@ class Exchange(WireRequest, Ticket):
         if not self.is_over:
             self.refused = refused
             self._admitted()
+
+    def _peek(self, most: int) -> bytes | None:
+        """The body as far as it is here, None if it is longer."""
+        return self.peeked if self.peeked is not None and len(self.peeked) <= most else None
+
+    async def _read(self, most: int) -> bytes | None:
+        """The whole body, None if it is longer."""
+        if self.expects and not self.body.is_done:
+            self.expects = False  # nobody need ask for it again
+            self.client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while not self.body.is_done:
+            if self._peek(most) is None or self.client.is_held:
+                return None
+            self.waiting = self.front.loop.create_future()
+            await self.waiting
+        return self._peek(most)
 
     def _failed(self) -> None:
         """A function of the settings raised: nobody passes who was not decided upon."""
@@ -161,12 +181,16 @@ class Exchange(WireRequest, Ticket):
         if self.arrived + body.left > self.front.max_body:
             self._own(413)
             return
+        if self.peeked is not None:
+            self.peeked += piece
         is_done = self.body.is_done
         out = piece if self.length != CHUNKED else chunk(piece) + LAST_CHUNK if is_done else chunk(piece)
         connection = self.connection
         if connection is None:
             self.pending += out
             self.client.hold(UNSENT, len(self.pending) > HIGH_WATER)
+            if self.waiting is not None and not self.waiting.done():
+                self.waiting.set_result(None)
         elif out:
             self.body_taken = True
             connection.transport.write(out)
@@ -222,6 +246,7 @@ class Exchange(WireRequest, Ticket):
 
     def _admitted(self) -> None:
         front = self.front
+        self.peeked = None
         if self.refused:
             refusal = front.gate.refusal(self)
             self._answer(refusal.status, refusal.fields, refusal.body)
@@ -395,6 +420,8 @@ class Exchange(WireRequest, Ticket):
         # An answer before the end of an upload ends the upload: the client is to read it, and not to go on.
         self.keeps = self.keeps_alive and self.body.is_done and not client.is_last
         lines = [b"HTTP/1.1 " + head.reason, *head.lines]
+        if self.is_open and self.front.gate.reports:
+            lines = self._heed(lines)
         if self.hits:
             lines += [name + b": " + value for name, value in self.front.gate.respond(self)]
         if length > 0:
@@ -421,6 +448,18 @@ class Exchange(WireRequest, Ticket):
         else:
             self.mark = self.moved
             client.wait(self._read_timeout)
+
+    def _heed(self, lines: list[bytes]) -> list[bytes]:
+        """The lines of a response without those that tell us what it has cost."""
+        gate, kept = self.front.gate, []
+        for line in lines:
+            name, _, value = line.partition(b":")
+            told = name.decode("latin-1").lower()
+            if told in gate.reports:
+                gate.report(self, told, value.strip(b" \t").decode("latin-1"))
+            else:
+                kept.append(line)
+        return kept
 
     def _go_on(self, answer: Body, data: bytes) -> None:
         assert self.head is not None

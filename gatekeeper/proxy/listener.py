@@ -327,7 +327,7 @@ class ClientConnection(Timed, asyncio.Protocol):
         """
         kind = self.front.forwarded
         if kind == "none":
-            return [field.line for field in exchange.claims] if self.is_trusted else []
+            return [field.line for field in exchange.forwarding] if self.is_trusted else []
         peer = (self.peer or "").partition("%")[0]
         host = exchange.host or b""
         if kind == "forwarded":
@@ -340,13 +340,13 @@ class ClientConnection(Timed, asyncio.Protocol):
             self._told = [b"X-Forwarded-Proto: http"]
             if peer:
                 self._told.append(b"X-Forwarded-For: " + peer.encode())
-        if not self.is_trusted or not exchange.claims:
+        if not self.is_trusted or not exchange.forwarding:
             if host != self._told_host:  # a client asks for the same host again and again
                 self._told_host = host
                 self._told[1 + bool(peer) :] = [b"X-Forwarded-Host: " + host] if host else []
             return self._told
         lines = _joined(exchange, b"x-forwarded-for", peer.encode(), True)
-        named = {field.name for field in exchange.claims}
+        named = {field.name for field in exchange.forwarding}
         if b"x-forwarded-proto" not in named:
             lines.append(b"X-Forwarded-Proto: http")
         if b"x-forwarded-host" not in named and host:
@@ -478,7 +478,7 @@ def _joined(exchange: Exchange, name: bytes, hop: bytes, is_trusted: bool) -> li
     """The claims of a trusted peer, with one more hop behind those of `name`."""
     if not is_trusted:
         return [b"Forwarded: " + hop] if name == b"forwarded" else [b"X-Forwarded-For: " + hop]
-    hops = [field.value for field in exchange.claims if field.name == name]
-    others = [field.line for field in exchange.claims if field.name != name]
+    hops = [field.value for field in exchange.forwarding if field.name == name]
+    others = [field.line for field in exchange.forwarding if field.name != name]
     written = b"Forwarded: " if name == b"forwarded" else b"X-Forwarded-For: "
     return [*others, written + b", ".join([*hops, hop] if hop else hops)]

@@ -159,8 +159,8 @@ class WireRequest:
     - `method` in upper case, `verb` as it was written
     - `target`: as it goes on, in origin-form and without dot segments
     - `host`: the authority that was asked for; None only in HTTP/1.0
-    - `lines`: the field lines that go on; `claims`: those of `CLAIMS`, which stand apart; `via`: what proxies on
-      the way wrote
+    - `lines`: the field lines that go on; `forwarding`: those of `CLAIMS`, which stand apart; `via`: what proxies
+      on the way wrote
     - `length` of the body: 0, a number of bytes, or CHUNKED
     - `keeps_alive`: whether the client goes on with its connection; `is_old`: whether this is HTTP/1.0
     - `expects`: whether it waits for `100 Continue`
@@ -175,7 +175,7 @@ class WireRequest:
     target: bytes
     host: bytes | None
     lines: list[bytes]
-    claims: list[Field]
+    forwarding: list[Field]
     via: list[bytes]
     length: int
     keeps_alive: bool
@@ -210,7 +210,7 @@ class WireRequest:
         if len(lines) > most_fields:
             raise WireError(431, "too many fields")
         self.native = lines
-        self.claims, self.via = [], []
+        self.forwarding, self.via = [], []
         self.length, self.keeps_alive, self.expects, self.host = 0, not self.is_old, False, None
         self._fields(lines)
         if self.host is None and not self.is_old:
@@ -237,6 +237,9 @@ class WireRequest:
         values = self.fields(name)
         return ",".join(values) if values else None
 
+    def query(self) -> str:
+        return self.target.partition(b"?")[2].decode("latin-1")
+
     def _fields(self, lines: list[bytes]) -> None:
         self.lines = kept = []
         framing: list[tuple[bytes, bytes]] = []
@@ -262,7 +265,7 @@ class WireRequest:
     def _look(self, name: bytes, value: bytes, line: bytes) -> None:
         """A field that is neither framing nor simply passed on."""
         if name.startswith(CLAIMS):
-            self.claims.append(Field(name, value, line))
+            self.forwarding.append(Field(name, value, line))
         elif name == b"via":
             self.via.append(value)
             self.lines.append(line)

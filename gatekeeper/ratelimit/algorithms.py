@@ -406,8 +406,8 @@ class Concurrency(SlidingWindow):
 
     def step(self, state: State, now: int, cost: int) -> tuple[State, Verdict]:
         state, verdict = super().step(state, now, cost)
-        # When somebody else will be done cannot be known.
-        verdict.reset_ns = 0
+        # When somebody else will be done cannot be known: a second is said.
+        verdict.reset_ns = NS if verdict.remaining < verdict.limit else 0
         if not verdict.allowed and verdict.retry_ns < NEVER:
             verdict.retry_ns = NS
         return state, verdict
@@ -487,7 +487,9 @@ ALGORITHMS: Final[dict[str, type[SlidingWindow | Gcra | SlidingCounter | FixedWi
 
 
 def bind(algorithm: str, rate: Rate, burst: int | None = None) -> Algorithm:
-    """The algorithm of that name, with its numbers. Raises KeyError for an unknown name."""
+    """The algorithm of that name, or "concurrency", with its numbers. Raises KeyError for an unknown name."""
+    if algorithm == "concurrency":
+        return Concurrency(rate.amount, rate.period)
     if algorithm == "gcra":
         return Gcra(rate.amount, rate.period, burst)
     return ALGORITHMS[algorithm](rate.amount, rate.period)

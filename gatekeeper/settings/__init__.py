@@ -28,6 +28,7 @@ from gatekeeper.settings.values import (
     nth,
     parse_address,
     parse_upstream,
+    store_scheme,
 )
 
 __all__ = [
@@ -53,5 +54,6 @@ __all__ = [
     "nth",
     "parse_address",
     "parse_upstream",
+    "store_scheme",
     "warnings",
 ]

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ValidationError
 
 from gatekeeper.errors import SettingsError
 from gatekeeper.http.routes import Pattern, PatternError
-from gatekeeper.ratelimit.rates import RateError, parse_rates
-from gatekeeper.settings.schema import MOST_VNODES, MOST_WEIGHT, HealthSettings, Settings, as_list
-from gatekeeper.settings.values import Duration, parse_upstream, upstream_url
+from gatekeeper.ratelimit.rates import Rate, RateError, parse_rates
+from gatekeeper.settings.schema import MOST_VNODES, MOST_WEIGHT, HealthSettings, PenaltySettings, Settings, as_list
+from gatekeeper.settings.values import Duration, parse_upstream, store_scheme, upstream_url
 from gatekeeper.upstreams.policies import POLICIES
 
 MOST_PROBLEMS: Final = 1000
@@ -60,30 +60,103 @@ def _misfit_limits(limits: object) -> list[str]:
     """What is wrong between the values of rules."""
     problems: list[str] = []
     told: dict[str, int] = {}
-    for place, limit in _tables(limits):
-        name, burst, cost = limit.get("name"), limit.get("burst"), limit.get("cost", 1)
-        texts = as_list(limit.get("rate"))
-        try:
-            rates = parse_rates(";".join(texts))  # type: ignore[arg-type]  # what is none of strings is a TypeError
-        except (TypeError, RateError):
-            rates = ()
+    scopes: dict[str, tuple[int, object]] = {}
+    tables = list(_tables(limits))
+    names = [limit["name"] for _, limit in tables if isinstance(limit.get("name"), str)]
+    for place, limit in tables:
         path = f"limits[{place}]"
-        if burst is not None and limit.get("algorithm") not in (None, "gcra"):
-            problems.append(f"{path}: a burst goes with gcra alone")
-        if burst is not None and len(rates) > 1:
-            problems.append(f"{path}: expected one rate beside a burst: it is the capacity of one bucket")
-        rooms = [rate.amount for rate in rates] if burst is None else [burst or cost]
-        if type(cost) is int and any(type(room) is int and cost > room for room in rooms):
-            problems.append(
-                f"{path}: expected a cost within the rate (or the burst): else no request could ever pass"
-            )
+        rates = _rates_of(limit.get("rate"))
+        problems += [f"{path}{problem}" for problem in _misfit_limit(limit, rates)]
+        name = limit.get("name")
         if isinstance(name, str):
             # As clients are told them: a rule of several rates has a name for each.
             for shown in [name] if len(rates) < 2 else [f"{name}-{rate.period}s" for rate in rates]:
                 other = told.setdefault(shown, place)
                 if other != place:
                     problems.append(f"{path}.name: expected a name of its own; limits[{other}] is told by the same")
+        for overridden in _listed(as_list(limit.get("overrides"))):
+            if isinstance(overridden, str) and (overridden == name or overridden not in names):
+                problems.append(f"{path}.overrides: expected names of other rules{_near(overridden, names)}")
+        scope = limit.get("scope")
+        if isinstance(scope, str):
+            quota = rates, limit.get("algorithm"), limit.get("burst"), limit.get("concurrency")
+            other, its = scopes.setdefault(scope, (place, quota))
+            if quota != its:
+                problems.append(
+                    f"{path}.scope: expected the rate and algorithm of limits[{other}]: they share a quota"
+                )
     return problems
+
+
+def _rates_of(value: object) -> tuple[Rate, ...]:
+    """What a value says as rates; none, where it is wrong, for that is told already."""
+    try:
+        return parse_rates(";".join(as_list(value)))  # type: ignore[arg-type]  # what is no text is a TypeError
+    except (TypeError, RateError):
+        return ()
+
+
+def _misfit_limit(limit: Mapping[str, Any], rates: tuple[Rate, ...]) -> Iterator[str]:
+    """What is wrong between the values of a rule. Each line begins with the path below the rule."""
+    burst, cost, concurrency = limit.get("burst"), limit.get("cost", 1), limit.get("concurrency")
+    if concurrency is None and "rate" not in limit:
+        yield ".rate: expected a value, there is none"
+    if concurrency is None and "lease" in limit:
+        yield ".lease: goes with concurrency alone"
+    if concurrency is not None:
+        for key in ("rate", "algorithm", "burst", "tiers", "settle", "reset_on", "give_back"):
+            if key in limit:
+                yield f".{key}: does not go with concurrency"
+    if burst is not None and limit.get("algorithm") not in (None, "gcra"):
+        yield ": a burst goes with gcra alone"
+    tiers = limit.get("tiers")
+    all_rates = [rates, *(_rates_of(one) for one in (tiers.values() if isinstance(tiers, Mapping) else ()))]
+    if burst is not None and any(len(one) > 1 for one in all_rates):
+        yield ": expected one rate beside a burst: it is the capacity of one bucket"
+    rooms = [rate.amount for one in all_rates for rate in one] if burst is None else [burst or cost]
+    if type(concurrency) is int:
+        rooms = [concurrency]
+    if type(cost) is int and any(type(room) is int and cost > room for room in rooms):
+        yield ": expected a cost within the rate (or the burst): else no request could ever pass"
+    if ("tier" in limit) != ("tiers" in limit):
+        missing = "tiers" if "tier" in limit else "tier"
+        yield f".{missing}: expected a value: tier says which of the tiers a request is of"
+    if limit.get("per") == "message":
+        for key in ("concurrency", "settle", "give_back", "reset_on", "preflights", "overrides"):
+            if key in limit:
+                yield f".{key}: goes with requests, and not with messages"
+    yield from _misfit_parameters(limit)
+    penalty = limit.get("penalty")
+    if isinstance(penalty, Mapping):
+        try:
+            first, most = (Duration().read(penalty.get(key, default)) for key, default in _BANS.items())
+        except ValueError:
+            first = most = 0
+        if first > most:
+            yield f".penalty: expected ban within at_most ({_BANS['at_most']} unless given)"
+
+
+_BANS: Final = {key: PenaltySettings.model_fields[key].default for key in ("ban", "at_most")}
+
+
+def _misfit_parameters(limit: Mapping[str, Any]) -> Iterator[str]:
+    """Parts of a key that name a part of the path which the pattern has not."""
+    try:
+        pattern = Pattern(limit.get("match"))  # type: ignore[arg-type]  # what is no text is a PatternError
+    except PatternError:
+        pattern = None
+    for key in ("key", "tier"):
+        for text in _listed(as_list(limit.get(key))):
+            if isinstance(text, str) and text.startswith("param:"):
+                name = text.removeprefix("param:")
+                if pattern is None or name not in pattern.names:
+                    known = ", ".join(sorted(pattern.names)) if pattern is not None else ""
+                    yield f".{key}: expected the name of a {{name}} in match{': ' * bool(known)}{known}"
+
+
+def _near(text: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(text[:64], names, n=1)
+    return f"; did you mean {json.dumps(near[0])}?" if near else ""
 
 
 _EJECTION: Final = {key: HealthSettings.model_fields[key].default for key in ("eject_for", "eject_at_most")}
@@ -292,12 +365,27 @@ def _keys_at(path: list[int | str]) -> list[str]:
 def warnings(settings: Settings) -> list[str]:
     """What is odd about settings that are right, a line each."""
     found = []
-    if settings.identity.user is None:
+    identity = settings.identity
+    if identity.user is None:
         keyed = [f"limits[{place}]" for place, limit in enumerate(settings.limits) if "user" in limit.key]
         keyed += [f"pools.{_shown(name)}" for name, pool in settings.pools.items() if pool.key == "user"]
         found += [f"{path}.key: no identity.user tells the user, so each client is its address" for path in keyed]
+    if not callable(identity.user):
+        for place, limit in enumerate(settings.limits):
+            claimed = [
+                text for text in (*limit.key, limit.tier) if isinstance(text, str) and text.startswith("claim:")
+            ]
+            found += [
+                f"limits[{place}]: no function of identity.user tells claims, so {text} is never there"
+                for text in claimed
+            ]
     used = {route.pool for route in settings.routes}
-    return found + [f"pools.{_shown(name)}: no route leads to it" for name in settings.pools if name not in used]
+    found += [f"pools.{_shown(name)}: no route leads to it" for name in settings.pools if name not in used]
+    if settings.store.url is not None and store_scheme(settings.store.url) == "limits":
+        from gatekeeper.stores.limits import weaker
+
+        found += [f"store.url: {line}" for line in weaker(settings.store.url)]
+    return found
 
 
 def json_schema() -> dict[str, Any]:

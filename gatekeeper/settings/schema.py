@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
+import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
@@ -16,15 +17,18 @@ from pydantic import (
     Field,
     Strict,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 
+from gatekeeper.http.addresses import NetworkError, parse_network
 from gatekeeper.http.parts import PartError, part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.ratelimit.rates import parse_rates
-from gatekeeper.ratelimit.rules import key_part
+from gatekeeper.ratelimit.rules import KEYS, KeyPartError, key_part
 from gatekeeper.settings.values import (
     OBJECT,
+    STORE_PATTERN,
     Address,
     Duration,
     Size,
@@ -33,6 +37,7 @@ from gatekeeper.settings.values import (
     parse_address,
     parse_upstream,
     proper_name,
+    store_url,
     upstream_url,
 )
 from gatekeeper.upstreams.policies import POLICIES
@@ -47,7 +52,7 @@ def as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _each(texts: list[str], check: Callable[[str], object]) -> None:
+def _each(texts: list[Any], check: Callable[[Any], object]) -> None:
     """Raises the ValueError of the first text that is wrong, and tells which it is."""
     for place, text in enumerate(texts):
         try:
@@ -69,11 +74,116 @@ def _pattern(text: str) -> str:
     return text
 
 
-def _keys(texts: list[str]) -> list[str]:
-    if not texts:
+def _function(value: object, expected: str) -> Callable[..., Any]:
+    """A function, or the one that "package.module:function" names."""
+    if isinstance(value, str) and OBJECT.fullmatch(value):
+        value = load_object(value)
+    if not callable(value):
+        raise ValueError(expected)
+    return value
+
+
+def _one_key(value: object) -> object:
+    if isinstance(value, str) and not value.startswith("param:"):  # of a parameter the pattern decides
+        try:
+            key_part(value)
+        except KeyPartError as error:
+            return _function(value, str(error))
+        return value
+    return value if isinstance(value, str) else _function(value, f"expected {KEYS}")
+
+
+def _keys(value: object) -> object:
+    value = [value] if isinstance(value, str) or callable(value) else value
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) or callable(one) for one in value):
+        raise ValueError("expected a string, or a list of strings")
+    if not value:
         raise ValueError("expected at least one part")
-    _each(texts, key_part)
+    found: list[object] = []
+    _each(list(value), lambda one: found.append(_one_key(one)))
+    return found
+
+
+def _cost(value: object) -> object:
+    expected = 'expected a number from 1 to 1000000000, or "package.module:function" of the request'
+    if type(value) is int:
+        if not 1 <= value <= 10**9:
+            raise ValueError(expected)
+        return value
+    return _function(value, expected)
+
+
+def _tier(value: object) -> object:
+    return _one_key(value)
+
+
+def _tiers(value: object) -> object:
+    """Rates by the name of a tier; "unlimited" is no rate at all."""
+    if not isinstance(value, Mapping):
+        raise ValueError('expected rates by the name of their tier, such as pro = "600/minute"')
+    found: dict[str, list[str]] = {}
+    for name, rates in value.items():
+        if not isinstance(name, str) or not 1 <= len(name) <= 64:
+            raise ValueError("expected names of tiers of 1 to 64 characters")
+        if rates == "unlimited":
+            found[name] = []
+            continue
+        texts = as_list(rates)
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'expected a rate, a list of rates, or "unlimited" for {json.dumps(name)}')
+        try:
+            found[name] = _rates(list(texts))
+        except ValueError as error:
+            raise ValueError(f"{error} (see {json.dumps(name)})") from None
+    return found
+
+
+_EXEMPT_EXPECTED: Final = (
+    'expected networks such as "10.0.0.0/8" or "file:PATH" of such, "user:NAME", "header:NAME=VALUE", '
+    'or "package.module:function"'
+)
+
+
+def _exemptions(value: object) -> object:
+    value = [value] if isinstance(value, str) or callable(value) else value
+    if not isinstance(value, list | tuple):
+        raise ValueError(_EXEMPT_EXPECTED)
+    found: list[object] = []
+    _each(list(value), lambda one: found.append(_exemption(one)))
+    return found
+
+
+def _exemption(value: object) -> object:
+    if isinstance(value, str):
+        if re.fullmatch(r"user:.{1,256}|header:[A-Za-z0-9-]{1,64}=.{1,256}|file:.+", value):
+            return value
+        with suppress(NetworkError):
+            parse_network(value)
+            return value
+    return _function(value, _EXEMPT_EXPECTED)
+
+
+def _listed_networks(texts: list[str]) -> list[str]:
+    _each(texts, lambda text: (text.startswith("file:") and len(text) > 5) or parse_network(text))
     return texts
+
+
+def _settle(text: str) -> str:
+    if text not in ("app", "bytes") and not re.fullmatch(r"header:[A-Za-z0-9-]{1,64}", text):
+        raise ValueError('expected "app", "bytes" or "header:NAME"')
+    return text
+
+
+def _api_key(text: str) -> str:
+    if text != "bearer":
+        kind = text.partition(":")[0]
+        try:
+            if kind not in ("header", "cookie", "query"):
+                raise PartError
+            part(text)
+        except PartError:
+            raise ValueError('expected header:NAME, cookie:NAME, query:NAME or "bearer"') from None
+    return text
 
 
 def _outcome(text: str) -> None:
@@ -92,23 +202,11 @@ def _field_name(text: str) -> str:
     return text
 
 
-_MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
-
-
-def _network(text: str) -> None:
-    try:
-        network = None if text == "unix" else ipaddress.ip_network(text)
-        if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_MAPPED):
-            raise ValueError  # the addresses are unmapped before they are compared
-    except ValueError:
-        raise ValueError(
-            'expected networks such as "10.0.0.0/8" (IPv4 as IPv4, no bit set behind the prefix), '
-            'addresses, or "unix"'
-        ) from None
-
-
 def _networks(texts: list[str]) -> list[str]:
-    _each(texts, _network)
+    try:
+        _each(texts, lambda text: text == "unix" or parse_network(text))
+    except ValueError as error:
+        raise ValueError(str(error).replace("or addresses", 'addresses, or "unix"')) from None
     return texts
 
 
@@ -180,12 +278,34 @@ Boolean: TypeAlias = Annotated[bool, Strict()]  # nor is 1 a truth
 Strings: TypeAlias = Annotated[list[str], BeforeValidator(as_list, json_schema_input_type=str | list[str])]
 
 
+def _default(written: object, description: str) -> Any:
+    """A field whose default is written as in a file."""
+    return Field(written, validate_default=True, description=description)
+
+
+StoreUrl: TypeAlias = Annotated[
+    str, AfterValidator(store_url), WithJsonSchema({"type": "string", "pattern": STORE_PATTERN})
+]
+
+
 class StoreSettings(_Model):
     """Where counters live."""
 
-    url: Literal["memory://"] = Field("memory://", description="memory:// is this process's memory.")
+    url: (
+        Annotated[str, AfterValidator(store_url), WithJsonSchema({"type": "string", "pattern": STORE_PATTERN})]
+        | None
+    ) = Field(
+        None,
+        repr=False,  # it may hold a password
+        description="memory://, shared:///PATH, redis://…, redis+cluster://…, or a storage URI of limits; "
+        "or env:NAME. By default memory://.",
+    )
+    timeout: Annotated[int, Duration()] = _default("50ms", "How long another machine's answer is waited for.")
     max_keys: Integer = Field(
         1_000_000, ge=1, description="Keys held at most. New ones beyond it share one bucket a rule."
+    )
+    size: Annotated[int, Size(1 << 20)] | None = Field(
+        None, description="The bytes that a shared store reserves; by default what max_keys needs."
     )
     on_error: Literal["local", "allow", "deny"] = Field(
         "local",
@@ -212,33 +332,87 @@ class IdentitySettings(_Model):
         None,
         description='"header:NAME" (believed from trusted proxies) or "package.module:function" of the request.',
     )
+    api_key: Annotated[str, AfterValidator(_api_key)] = Field(
+        "header:X-API-Key",
+        description='Where the part api_key is: header:NAME, cookie:NAME, query:NAME or "bearer".',
+    )
+    max_body: Annotated[int, Size(1, 1 << 16)] = _default(
+        "64KiB", "How much of a body is read for keys of form and JSON fields. A longer one is answered 413."
+    )
+
+
+class PenaltySettings(_Model):
+    """When a key that is refused again and again is banned, and for how long."""
+
+    strikes: Integer = Field(10, ge=1, le=1_000_000, description="So many refusals")
+    within: Annotated[int, Duration()] = _default("10m", "within so long")
+    ban: Annotated[int, Duration()] = _default("1m", "ban the key for so long, each time twice as long,")
+    at_most: Annotated[int, Duration()] = _default("1d", "up to so long.")
 
 
 class LimitSettings(_Model):
     """A rule: which requests, whose quota, how much."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["rate"]}, {"required": ["concurrency"]}]},
+    )
+
     name: Annotated[str, AfterValidator(proper_name)] = Field(description="Told to clients; one of its own a rule.")
     rate: Annotated[Strings, AfterValidator(_rates)] = Field(
-        description='"5/minute", or several: at most so many in any window of that length.'
+        [], description='"5/minute", or several: at most so many in any window of that length.'
+    )
+    concurrency: Integer | None = Field(
+        None, ge=1, le=10**6, description="In place of a rate: at most so many in progress."
+    )
+    lease: Annotated[int, Duration()] = _default(
+        "1m", "How long one in progress counts whose process died. (Who lives renews it.)"
     )
     match: Annotated[str, AfterValidator(_pattern)] | None = Field(
         None,
         description='"[METHOD|METHOD] [host]/path" with {name}, {name:path} and a final *; none: all requests.',
     )
-    key: Annotated[Strings, AfterValidator(_keys)] = Field(
-        ["ip"],
-        description="What a quota is counted by: ip, user, route, method, host, global, header:NAME, cookie:NAME.",
+    per: Literal["request", "message"] = Field(
+        "request", description="What is counted: requests, or the messages that a client sends within a WebSocket."
     )
+    key: Annotated[
+        list[Any], BeforeValidator(_keys, json_schema_input_type=str | list[str]), Field(validate_default=False)
+    ] = Field(["ip"], description=f"What a quota is counted by: {KEYS}.")
     algorithm: Literal["sliding_window", "gcra", "sliding_counter", "fixed_window"] | None = Field(
         None, description="sliding_window, unless a burst is given: then gcra."
     )
     burst: Integer | None = Field(
         None, ge=1, le=10**9, description="The capacity of gcra's bucket; by default the rate's amount."
     )
-    cost: Integer = Field(1, ge=1, le=10**9, description="Units that a request costs.")
+    cost: Annotated[int | Callable[..., Any], BeforeValidator(_cost, json_schema_input_type=int | str)] = Field(
+        1, description='Units that a request costs: a number, or "package.module:function" of the request.'
+    )
+    settle: Annotated[str, AfterValidator(_settle)] | None = Field(
+        None,
+        description='What tells the real cost once it is known: "app", "bytes" or "header:NAME" of the response.',
+    )
+    tier: Annotated[Any, BeforeValidator(_tier, json_schema_input_type=str | None)] = Field(
+        None, description="What names a request's tier: as a key's part."
+    )
+    tiers: Annotated[
+        dict[str, list[str]],
+        BeforeValidator(_tiers, json_schema_input_type=dict[str, str | list[str]]),
+    ] = Field({}, description='Rates by tier, or "unlimited"; others have the rate of the rule.')
+    exempt: Annotated[list[Any], BeforeValidator(_exemptions, json_schema_input_type=str | list[str])] = Field(
+        [],
+        description='Who is not limited: networks, "file:PATH" of such, user:NAME, header:NAME=VALUE, functions.',
+    )
+    scope: Annotated[str, AfterValidator(proper_name)] | None = Field(
+        None, description="Rules of one scope spend one quota."
+    )
+    overrides: Strings = Field([], description="Names of rules that do not apply where this one does.")
+    penalty: PenaltySettings | None = Field(None, description="Bans a key that is refused again and again.")
+    shadow: Boolean = Field(False, description="Decides and counts, and never refuses.")
     on_error: Literal["local", "allow", "deny"] | None = Field(None, description="As the store's, for this rule.")
     give_back: Annotated[Strings, AfterValidator(_outcomes)] = Field(
         [], description='Outcomes that do not count: "404", "5xx", "disconnect". The charge is undone.'
+    )
+    reset_on: Annotated[Strings, AfterValidator(_outcomes)] = Field(
+        [], description="Outcomes after which the key's quota is whole again."
     )
     preflights: Boolean = Field(False, description="Whether CORS preflights are charged.")
 
@@ -246,16 +420,52 @@ class LimitSettings(_Model):
     def counted_by(self) -> str:
         return self.algorithm or ("gcra" if self.burst is not None else "sliding_window")
 
+    @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """All functions that are called for a request."""
+        return [one for one in (*self.key, self.cost, self.tier, *self.exempt) if callable(one)]
+
+
+class AccessSettings(_Model):
+    """Who is let through, and who is not answered, whatever the rules."""
+
+    allow: Annotated[Strings, AfterValidator(_listed_networks)] = Field(
+        [], description='Networks that are never limited, and "file:PATH" of such, one a line.'
+    )
+    deny: Annotated[Strings, AfterValidator(_listed_networks)] = Field(
+        [], description="Networks that are answered 403. Who is in both is let through."
+    )
+    reload: Annotated[int, Duration()] = _default("10s", "How often the files are looked at for a change.")
+
 
 class ResponseSettings(_Model):
     """What responses tell."""
 
     fields: Boolean = Field(True, description="RateLimit and RateLimit-Policy on each response a rule applied to.")
+    x_ratelimit: Literal["seconds", "epoch"] | None = Field(
+        None,
+        description="X-RateLimit-Limit, -Remaining and -Reset, too: the last in seconds from now, or as a time.",
+    )
+    retry_jitter: Annotated[int, Duration(zero=True)] = _default(
+        "0s", "Up to so much is added to Retry-After, so that those refused together do not return together."
+    )
+    body: Annotated[str, Field(max_length=1 << 16)] | None = Field(
+        None, description="The body of refusals. {status}, {retry_after} and {rules} are filled in."
+    )
+    content_type: Annotated[str, Field(pattern=r"^[!-~][ -~]{0,127}$")] = Field(
+        "text/plain; charset=utf-8", description="Of that body."
+    )
+    handler: Annotated[
+        Callable[..., Any] | None,
+        BeforeValidator(
+            lambda value: value if value is None else _function(value, _HANDLER_EXPECTED),
+            json_schema_input_type=str | None,
+        ),
+    ] = Field(None, description='"package.module:function" of the ticket and its Refusal that returns a Refusal.')
+    close_code: Literal[1008, 1013] = Field(1013, description="The close code of a WebSocket that a limit ends.")
 
 
-def _default(written: object, description: str) -> Any:
-    """A field whose default is written as in a file."""
-    return Field(written, validate_default=True, description=description)
+_HANDLER_EXPECTED: Final = 'expected "package.module:function" or a function, of the ticket and its Refusal'
 
 
 class ListenSettings(_Model):
@@ -385,7 +595,9 @@ class RouteSettings(_Model):
 class Settings(_Model):
     """All settings."""
 
+    enabled: Boolean = Field(True, description="Whether anything is limited at all.")
     store: StoreSettings = Field(default_factory=StoreSettings)
+    access: AccessSettings = Field(default_factory=AccessSettings)
     identity: IdentitySettings = Field(default_factory=IdentitySettings)
     response: ResponseSettings = Field(default_factory=ResponseSettings)
     limits: list[LimitSettings] = Field([], description="The rules. All that match a request apply to it.")

@@ -6,6 +6,7 @@ What reads them raises ValueError with what was expected, and never repeats the 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from importlib import import_module
 from inspect import iscoroutinefunction
@@ -200,6 +201,38 @@ def proper_name(text: str) -> str:
         raise ValueError("expected 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
     return text
 
+
+def store_url(text: str) -> str:
+    """The URL of a store, what stands in the environment looked up. Raises ValueError."""
+    if text.startswith("env:"):
+        found = os.environ.get(text.removeprefix("env:"))
+        if not found:
+            raise ValueError("expected the name of an environment variable that is set, behind env:")
+        text = found
+    if not re.fullmatch(STORE_PATTERN, text) or text.startswith("env:"):
+        raise ValueError(STORE_EXPECTED)
+    return text
+
+
+REDIS: Final = tuple(
+    f"{server}{how}" for server in ("redis", "valkey") for how in ("", "s", "+cluster", "s+cluster", "+sentinel")
+)
+"""The schemes of one Redis or Valkey, and of several together."""
+
+
+def store_scheme(url: str) -> str:
+    """Which kind of store a URL names: "memory", "shared", "redis" or, for any other scheme, "limits"."""
+    scheme = url.partition("://")[0]
+    if scheme in ("memory", "shared"):
+        return scheme
+    return "redis" if scheme == "unix" or scheme in REDIS else "limits"
+
+
+STORE_PATTERN: Final = r"^(env:.+|[a-z][a-z0-9+.-]{0,63}://.{0,2000})$"
+STORE_EXPECTED: Final = (
+    "expected the URL of a store: memory://, shared:///PATH, redis://HOST:PORT/DB (rediss, redis+cluster, "
+    "redis+sentinel, unix; or valkey), or a storage URI of limits"
+)
 
 OBJECT: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 """The form of "package.module:Name"."""

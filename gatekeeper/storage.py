@@ -1,0 +1,76 @@
+"""Which store the URL of one means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from gatekeeper.commands import Limit, Store
+from gatekeeper.errors import SettingsError, StoreError
+from gatekeeper.settings import StoreSettings, store_scheme
+from gatekeeper.stores.memory import MemoryStore
+
+
+def _memory(url: str, settings: StoreSettings) -> Store:
+    if url != "memory://":
+        raise ValueError("expected memory:// and nothing behind it")
+    return MemoryStore(max_keys=settings.max_keys)
+
+
+def _shared(url: str, settings: StoreSettings) -> Store:
+    from gatekeeper.stores.shared import SharedStore
+
+    return SharedStore(url.removeprefix("shared://"), max_keys=settings.max_keys, size=settings.size)
+
+
+def _redis(url: str, settings: StoreSettings) -> Store:
+    from gatekeeper.stores.redis import RedisStore
+
+    return RedisStore(url, timeout=settings.timeout / 1e9)
+
+
+def _limits(url: str, settings: StoreSettings) -> Store:
+    from gatekeeper.stores.limits import LimitsStore
+
+    return LimitsStore(url, timeout=settings.timeout / 1e9)
+
+
+STORES: Final[dict[str, Callable[[str, StoreSettings], Store]]] = {
+    "memory": _memory,
+    "shared": _shared,
+    "redis": _redis,
+    "limits": _limits,
+}
+"""Stores by their kind, as `store_scheme` tells it of a URL."""
+
+
+def open_store(settings: StoreSettings, limits: Iterable[Limit] = ()) -> Store:
+    """The store that settings name. Raises SettingsError, also if it cannot count one of the limits.
+
+    Raises MissingExtra if it needs packages that are not installed.
+    """
+    url = settings.url or "memory://"
+    try:
+        kind = store_scheme(url)
+        if kind == "limits":
+            _check_limits(url, limits)
+        return STORES[kind](url, settings)
+    except SettingsError:
+        raise
+    except (ValueError, StoreError) as error:  # whose messages never show a URL
+        raise SettingsError([f"store.url: {error}"]) from None
+
+
+def _check_limits(url: str, limits: Iterable[Limit]) -> None:
+    from gatekeeper.stores.limits import unsupported
+
+    problems = unsupported(url, limits)
+    if problems:
+        raise SettingsError([f"store.url: {problem}" for problem in problems])
+
+
+def checked_store(store: Store) -> Store:
+    """A store of the user's own. Raises SettingsError for what is none."""
+    if not all(hasattr(store, name) for name in ("ask", "aask", "keys", "akeys", "local", "close", "aclose")):
+        raise SettingsError([f"store: expected a store (gatekeeper.commands.Store), not {type(store).__name__}"])
+    return store
