@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,7 +38,6 @@ class GatekeeperMiddleware:
         self._owns = not isinstance(settings, Gatekeeper)
         self.keeper = settings if isinstance(settings, Gatekeeper) else Gatekeeper(settings)
         self.keeper.require(awaiting=True)
-        self._finishing: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -83,20 +81,8 @@ class GatekeeperMiddleware:
             if token is not None:
                 CURRENT.reset(token)
             if ticket.is_open:
-                await self._finish(ticket)
+                await keeper.afinish(ticket)
             ticket.native = None  # scope and ticket held each other: the cycle would wait for the collector
-
-    async def _finish(self, ticket: Ticket) -> None:
-        keeper = self.keeper
-        steps = keeper.gate.finish(ticket)
-        if not keeper.awaits:
-            run(steps, keeper.ask)
-            return
-        # In a task that was cancelled an await is lost, so this is a task of its own.
-        task = asyncio.ensure_future(arun(steps, keeper.aask))
-        self._finishing.add(task)
-        task.add_done_callback(self._finishing.discard)
-        await asyncio.shield(task)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def observe(message: Message) -> None:

@@ -7,11 +7,14 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
-from weakref import ref
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
+from weakref import WeakKeyDictionary, ref
 
-from gatekeeper.commands import Steps, arun, run
+from gatekeeper.commands import Steps, Verdict, arun, run
 from gatekeeper.errors import Limited, SettingsError
+from gatekeeper.gate import Gate
+from gatekeeper.ratelimit.algorithms import NS
+from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import LimitSettings, is_asynchronous, load_settings
 from gatekeeper.ticket import Ticket, tightness
 
@@ -28,67 +31,165 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class Guard:
+    """The limit of a function, a route or a dependency: a rule for each place it stands at.
+
+    - `rate` and `settings` as those of a rule in a file (`key`, `cost`, `tiers`, `shadow`, …), but those that say
+      for which requests it is
+    - `name`: told to clients, and keeps counters apart; without one each place has counters of its own
+
+    Raises SettingsError.
+    """
+
+    def __init__(self, rate: str | Sequence[str] | None, name: str | None, settings: Mapping[str, Any]) -> None:
+        for key in ("match", "per", "overrides"):
+            if key in settings:
+                raise SettingsError(
+                    [f"{key}: goes with rules of the settings alone: this one is for where it stands"]
+                )
+        written = {"name": name or "function", **settings}
+        if rate is not None:
+            written["rate"] = rate
+        self.settings = _checked(written)
+        self.name = name
+        self._rules: WeakKeyDictionary[Gatekeeper, dict[tuple[str, str | None], Rule]] = WeakKeyDictionary()
+        IN_USE.append(None)
+
+    def awaited(self, keeper: Gatekeeper) -> bool:
+        """Whether it needs a function of the settings that must be awaited."""
+        functions = self.settings.functions
+        user = keeper.settings.identity.user
+        if callable(user) and ("user" in self.settings.key or _names_claims(self.settings)):
+            functions = [*functions, user]
+        return any(is_asynchronous(one) for one in functions)
+
+    def rule(self, keeper: Gatekeeper, label: str, route: str | None = None) -> Rule:
+        """The rule of a place: `label` names the function, `route` is the template of the framework's route."""
+        rules = self._rules.get(keeper)
+        if rules is None:
+            rules = self._rules[keeper] = {}
+        rule = rules.get((label, route))
+        if rule is None:
+            told = self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", label.rpartition(".")[2]).strip("_-.")[:64]
+            space = self.name or f"*{label}{'' if route is None else ' ' + route}"
+            settings = self.settings.model_copy(update={"name": told or "function"})
+            rule = rules[label, route] = keeper.rule(settings, space, route)
+        return rule
+
+    def charge(self, ticket: Ticket, rule: Rule) -> Steps[int]:
+        """Charge a request. 0, or the status to refuse it with, which the ticket's `refused` is then, too."""
+        gate = cast(Gate, ticket.gate)
+        status = yield from gate.extend(ticket, (rule,))
+        if status:
+            ticket.refused = status
+        return status
+
+
+def limited(ticket: Ticket, rule: Rule) -> Limited:
+    """The error for a request that a guard has refused: known to every policy around, to be told from a fault."""
+    verdicts = [
+        charge.verdict for charge in ticket.charges if charge.limit.rule is rule and not charge.verdict.allowed
+    ]
+    error = Limited(min(verdicts, key=tightness, default=_UNKNOWN))
+    around: Ticket | None = CURRENT.get()
+    while around is not None:
+        around.limited = ref(error)
+        around = around.outer
+    return error
+
+
+_UNKNOWN: Final = Verdict(False, 0, 0, 0, NS, None)  # a body that could not be read, say
+
+
 def limit(
-    keeper: Gatekeeper, rate: str | Sequence[str], name: str | None, settings: Mapping[str, Any]
+    keeper: Gatekeeper, rate: str | Sequence[str] | None, name: str | None, settings: Mapping[str, Any]
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """What `Gatekeeper.limit` says."""
-    for key in ("match", "per", "overrides"):
-        if key in settings:
-            raise SettingsError([f"{key}: goes with rules of the settings alone: a decorator is for its function"])
-    checked = _checked({"name": name or "function", "rate": rate, **settings})
+    guard = Guard(rate, name, settings)
+    if any(isinstance(part, str) and part.startswith(("form:", "json:")) for part in guard.settings.key):
+        raise SettingsError(["key: fields of the body go with rules of the settings alone: a function has no body"])
+    # Outside of a request there is no client: the function itself is whom the quota belongs to.
+    alone = Guard(rate, name, {**settings, "key": "ip"})
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         is_async = _is_async(function)
-        awaited = checked.functions
-        if "user" in checked.key and callable(keeper.settings.identity.user):
-            awaited = [*awaited, keeper.settings.identity.user]
-        if not is_async and any(is_asynchronous(one) for one in awaited):
+        if not is_async and guard.awaited(keeper):
             raise TypeError("limit: expected an async function, for a function of the settings must be awaited")
-        IN_USE.append(None)
         label = f"{function.__module__}.{function.__qualname__}"
-        told = name or re.sub(r"[^A-Za-z0-9._-]+", "-", function.__name__).strip("_-.")[:64] or "function"
-        space = name or f"*{label}"
-        inside = keeper.rule(checked.model_copy(update={"name": told}), space)
-        # Outside of a request there is no client: the function itself is whom the quota belongs to.
-        outside = keeper.rule(checked.model_copy(update={"name": told, "key": ["ip"]}), space)
+        inside, outside = guard.rule(keeper, label), alone.rule(keeper, label)
 
-        def charge() -> Steps[None]:
-            ticket, rule = _ticket(keeper), inside
-            if ticket is None:
-                ticket, rule = _Call(), outside
-                ticket.gate, ticket.address = keeper.gate, f"*{label}"
-            if (yield from keeper.gate.extend(ticket, (rule,))):
-                limited = Limited(min(ticket.verdicts[-len(rule.limits) :], key=tightness))
-                # Known to every policy around us: whichever sees the answer can tell it from a fault.
-                around: Ticket | None = CURRENT.get()
-                while around is not None:
-                    around.limited = ref(limited)
-                    around = around.outer
-                try:
-                    raise limited
-                finally:
-                    del limited  # this frame, held by its own traceback, would keep it alive
+        def begin() -> tuple[Ticket, Rule, bool]:
+            """The ticket to charge, and whether it ends with the call: no middleware of ours will end it."""
+            current = CURRENT.get()
+            if (
+                current is not None and current.native is not None
+            ):  # else it is a task that has outlived its request
+                ours = current.under(keeper.gate)
+                # Of other Gatekeepers around us the counters are not ours: only the request is shared.
+                return ours or current.of(keeper.gate), inside, ours is None
+            ticket = _Call()
+            keeper.gate.identify(ticket)
+            ticket.address = f"*{label}"
+            return ticket, outside, True
+
+        def refuse(ticket: Ticket, rule: Rule) -> None:
+            try:
+                raise limited(ticket, rule)
+            finally:
+                del ticket, rule  # this frame is held by the error's traceback
 
         if is_async:
 
             @functools.wraps(function)
             async def limited_async(*args: P.args, **kwargs: P.kwargs) -> Any:
-                if keeper.awaits:
-                    await arun(charge(), keeper.aask)
-                else:
-                    run(charge(), keeper.ask)
-                return await function(*args, **kwargs)  # type: ignore[misc]
+                ticket, rule, is_own = begin()
+                refused = ticket.refused
+                steps = guard.charge(ticket, rule)
+                status = await arun(steps, keeper.aask) if keeper.awaits else run(steps, keeper.ask)
+                if status:
+                    ticket.refused = refused
+                    refuse(ticket, rule)
+                if not is_own or not ticket.is_open:
+                    return await function(*args, **kwargs)  # type: ignore[misc]
+                try:
+                    result = await function(*args, **kwargs)  # type: ignore[misc]
+                    ticket.sent, ticket.ended = 200, True
+                    return result
+                except Exception:
+                    ticket.sent = 500
+                    raise
+                finally:
+                    await keeper.afinish(ticket)
 
             return cast(Callable[P, T], limited_async)
 
         @functools.wraps(function)
-        def limited(*args: P.args, **kwargs: P.kwargs) -> T:
-            run(charge(), keeper.ask)
-            return function(*args, **kwargs)
+        def limited_sync(*args: P.args, **kwargs: P.kwargs) -> T:
+            ticket, rule, is_own = begin()
+            refused = ticket.refused
+            if run(guard.charge(ticket, rule), keeper.ask):
+                ticket.refused = refused
+                refuse(ticket, rule)
+            if not is_own or not ticket.is_open:
+                return function(*args, **kwargs)
+            try:
+                result = function(*args, **kwargs)
+                ticket.sent, ticket.ended = 200, True
+                return result
+            except Exception:
+                ticket.sent = 500
+                raise
+            finally:
+                keeper.finish(ticket)
 
-        return limited
+        return limited_sync
 
     return decorate
+
+
+def _names_claims(settings: LimitSettings) -> bool:
+    parts = (*settings.key, settings.tier, *settings.exempt)
+    return any(isinstance(part, str) and part.startswith(("claim:", "user:")) for part in parts)
 
 
 def _checked(written: Mapping[str, Any]) -> LimitSettings:
@@ -114,14 +215,6 @@ class _Call(Ticket):
 
     def query(self) -> str:
         return ""
-
-
-def _ticket(keeper: Gatekeeper) -> Ticket | None:
-    current = CURRENT.get()
-    if current is None or current.native is None:  # none, or a task that has outlived its request
-        return None
-    # Where the policies around us are other Gatekeepers', their counters are not ours: only the request is shared.
-    return current.under(keeper.gate) or current.of(keeper.gate)
 
 
 def _is_async(function: object) -> bool:

@@ -83,9 +83,29 @@ class Gate:
     """
 
     __slots__ = (
-        "_access", "_always", "_asks", "_direct", "_hashes_user", "_identity", "_leases", "_manner", "_messages",
-        "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "failures", "off", "reads_body",
-        "reports", "route", "rules", "shadowed",
+        "_access",
+        "_always",
+        "_asks",
+        "_direct",
+        "_hashes_user",
+        "_identity",
+        "_leases",
+        "_manner",
+        "_messages",
+        "_most_body",
+        "_overrides",
+        "_policies",
+        "_table",
+        "_told",
+        "_undone",
+        "failures",
+        "keeper",
+        "off",
+        "reads_body",
+        "reports",
+        "route",
+        "rules",
+        "shadowed",
     )  # fmt: skip
 
     def __init__(
@@ -106,6 +126,8 @@ class Gate:
         self.failures: Counter[str] = Counter()
         self.shadowed: Counter[str] = Counter()
         self.off = False
+        self.keeper: Any = None
+        """Whose gate this is, for guards that find it by a request's ticket."""
         self._identity = identity
         self._manner = manner
         self._told = manner.fields or manner.x_ratelimit is not None
@@ -224,13 +246,17 @@ class Gate:
         refused, _, _ = yield from self._refuse(hits, verdicts)
         return not refused
 
-    def _begin(self, ticket: Ticket) -> tuple[Rule, ...]:
-        """Identify the client; the rules that match."""
+    def identify(self, ticket: Ticket) -> None:
+        """Begin a request: who is asking. `admit` does it; a guard of a request that nobody admitted must."""
         ticket.gate = self
         # On the instance, for what only its class has takes longer to read, and these are read for each message.
         ticket.replaced, ticket.is_open, ticket.hits = False, False, ()
         # A client that is its own peer, and was seen before, is one look-up.
         ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
+
+    def _begin(self, ticket: Ticket) -> tuple[Rule, ...]:
+        """Identify the client; the rules that match."""
+        self.identify(ticket)
         rules = self._always or self._table.match(ticket)
         if self._overrides:
             rules = self._remaining(rules)

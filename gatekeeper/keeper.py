@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import random
@@ -14,7 +15,7 @@ from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast
 from weakref import WeakSet
 
 from gatekeeper import decorators
-from gatekeeper.commands import Batch, Hits, Limit, Replies, Store
+from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, arun, run
 from gatekeeper.errors import SettingsError, StoreError
 from gatekeeper.gate import Access, Destination, Gate
 from gatekeeper.http.message import Request
@@ -39,6 +40,7 @@ from gatekeeper.settings import (
 )
 from gatekeeper.storage import checked_store, open_store
 from gatekeeper.stores.memory import MemoryStore
+from gatekeeper.ticket import Ticket
 from gatekeeper.upkeep import Leases, NetworkFiles
 from gatekeeper.upstreams.health import Ejection
 from gatekeeper.upstreams.policies import POLICIES, RingOrder
@@ -80,8 +82,10 @@ class Gatekeeper:
     ) -> None:
         self.settings = load_settings(settings)
         self._files = NetworkFiles(self.settings.access.reload / 1e9, _LOG.warning)
+        self._finishing: set[asyncio.Task[None]] = set()
         self._leases = Leases(self._ask_any)
         self.gate = self._gate = _gate(self.settings, self._files, self._leases, workers)
+        self.gate.keeper = self
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
         self.use(open_store(self.settings.store, _limits(self._gate)) if store is None else store)
@@ -129,9 +133,35 @@ class Gatekeeper:
             self.gate = Gate((), _identity(self.settings.identity), manner=Manner(fields=False))
             self.gate.off = True
 
-    def rule(self, limit: LimitSettings, space: str) -> Rule:
-        """A rule that is not of the settings, for a decorator. Raises SettingsError."""
-        rule = rule_of(limit, self.settings, self._files, "limit", space=space, is_shared=limit.scope is not None)
+    def finish(self, ticket: Ticket) -> None:
+        """End a request or a call: once, when its outcome is known. The ticket's `sent` and `ended` tell it."""
+        run(self.gate.finish(ticket), self.ask)
+
+    async def afinish(self, ticket: Ticket) -> None:
+        """As `finish`, awaiting the store; it is carried out though the task that awaits it is cancelled."""
+        if not self.awaits:
+            self.finish(ticket)
+        elif ticket.is_open:
+            # In a task that was cancelled an await is lost, so this is a task of its own.
+            task = asyncio.ensure_future(arun(self.gate.finish(ticket), self.aask))
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+            await asyncio.shield(task)
+
+    def rule(self, limit: LimitSettings, space: str, route: str | None = None) -> Rule:
+        """A rule that is not of the settings, for a guard; `route` is what its key's part "route" stands for.
+
+        Raises SettingsError.
+        """
+        rule = rule_of(
+            limit,
+            self.settings,
+            self._files,
+            "limit",
+            space=space,
+            route=route,
+            is_shared=limit.scope is not None,
+        )
         self._files.watch()
         return rule
 
@@ -182,7 +212,7 @@ class Gatekeeper:
         return await (self._local if isinstance(batch, Batch) and batch.local else self.store).aask(batch)
 
     def limit(
-        self, rate: str | Sequence[str], *, name: str | None = None, **settings: Any
+        self, rate: str | Sequence[str] | None = None, *, name: str | None = None, **settings: Any
     ) -> Callable[[Callable[P, T]], Callable[P, T]]:
         """Limit a function, synchronous or not: `@gk.limit("5/minute")`.
 
@@ -313,6 +343,7 @@ def rule_of(
     workers: int = 1,
     is_shared: bool = False,
     space: str | None = None,
+    route: str | None = None,
 ) -> Rule:
     """The rule that settings describe. Raises SettingsError, for files that they name."""
     if limit.concurrency is None:
@@ -327,6 +358,7 @@ def rule_of(
         burst=limit.burst,
         pattern=None if limit.match is None else Pattern(limit.match),
         keys=limit.key,
+        route=route,
         cost=limit.cost,
         on_error=limit.on_error or settings.store.on_error,
         gives_back=limit.give_back,

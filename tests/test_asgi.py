@@ -390,7 +390,7 @@ class TestAwaitingStores:
             with pytest.raises(asyncio.CancelledError):
                 await task
             store.slow.set()
-            while middleware._finishing:
+            while middleware.keeper._finishing:
                 await asyncio.sleep(0)
             assert store.ask(peek(keeper))[0].allowed
 
