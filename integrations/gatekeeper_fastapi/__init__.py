@@ -1,0 +1,1 @@
+"""Gatekeeper for FastAPI and Starlette."""
