@@ -27,6 +27,8 @@ class Ask:
     headers: Sequence[tuple[str, str]] = ()
     after: float = 0
     """Seconds that pass before it."""
+    body: bytes = b""
+    """The application answers 418 unless all of it, as `X-Length` says, has reached it."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,15 @@ Home: TypeAlias = Callable[[Mapping[str, Any], Store], AbstractContextManager[An
 
 @dataclass(frozen=True)
 class Then:
-    """What must come: the status, these fields (None: absent), this text in the body."""
+    """What must come: the status, these fields (None: absent), this text in the body.
+
+    `refused`: a status other than 429 that is ours, and not the application's.
+    """
 
     status: int
     fields: Mapping[str, str | None] = field(default_factory=dict)
     contains: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,12 @@ def spelled(*targets: str, match: str) -> Scenario:
     return Scenario(
         f"{match} is not walked round by a spelling", {"limits": [rule(rate="1/minute", match=match)]}, steps
     )
+
+
+def posted(raw: str, body: bytes, *, kind: str = "application/x-www-form-urlencoded", peer: str = A) -> Ask:
+    length = str(len(body))
+    headers = [("Content-Type", kind), ("Content-Length", length), ("X-Length", length)]
+    return Ask("POST", raw, peer, headers, body=body)
 
 
 SCENARIOS: list[Scenario] = [
@@ -301,5 +313,105 @@ SCENARIOS: list[Scenario] = [
         "repeated fields of the application's answer all arrive",
         {"limits": [rule(rate="9/minute")]},
         [(Ask(headers=[("X-Answer", "200")]), Then(200, {"ratelimit": '"default";r=8;t=61'}, "ok"))],
+    ),
+    Scenario(
+        "a login name in a form has a quota of its own, and the form still reaches the application",
+        {"limits": [rule("name", "1/minute", match="POST /login", key="form:name")]},
+        [
+            (posted("/login", b"name=bob&password=1"), OK),
+            (posted("/login", b"password=2&name=BOB%20", peer=B), LIMITED),
+            (posted("/login", b"name=alice&x=" + b"x" * 30_000), OK),
+            (posted("/login", b"name=carol&name=bob"), Then(400, {"ratelimit": None}, refused=True)),
+            (posted("/login", b"name=carol&x=" + b"x" * 70_000), Then(413, {"retry-after": None}, refused=True)),
+            (posted("/other", b"name=bob&x=" + b"x" * 70_000), OK),
+        ],
+    ),
+    Scenario(
+        "a member of a JSON document is a key, whatever the content type says",
+        {"limits": [rule("team", "1/minute", key=["json:team.id", "method"])]},
+        [
+            (posted("/", b'{"team": {"id": 7}}', kind="application/json"), OK),
+            (posted("/", b'{"team": {"id": "7"}, "x": [1]}', kind="text/plain", peer=B), LIMITED),
+            (posted("/", b'{"team": {"id": 8}}'), OK),
+            (Ask(), OK),
+            (Ask(), LIMITED),
+        ],
+    ),
+    Scenario(
+        "the response tells what a request has cost, and clients do not see that",
+        {"limits": [rule("rows", "10/minute", cost=5, settle="header:X-Cost")]},
+        [
+            (Ask(headers=[("X-Say-Cost", "1")]), Then(200, {"ratelimit": '"rows";r=5;t=61', "x-cost": None})),
+            (Ask(headers=[("X-Say-Cost", "9")]), Then(200, {"ratelimit": '"rows";r=4;t=61', "x-cost": None})),
+            (Ask(), Then(429, {"ratelimit": '"rows";r=0;t=61'})),
+            (Ask(after=61, headers=[("X-Say-Cost", "none")]), Then(200, {"x-cost": None})),
+            (Ask(), Then(200, {"ratelimit": '"rows";r=0;t=61', "x-cost": None})),
+        ],
+    ),
+    Scenario(
+        "the bytes of the response are what a request costs",
+        {"limits": [rule("bytes", "4/minute", settle="bytes")]},
+        [(Ask(), OK), (Ask(), OK), (Ask(), LIMITED), (Ask(peer=B), OK)],
+    ),
+    Scenario(
+        "a request that is in progress no more is counted no more",
+        {"limits": [{"name": "busy", "concurrency": 1}]},
+        [
+            (Ask(), Then(200, {"ratelimit": '"busy";r=0;t=1'})),
+            (Ask(headers=[("X-Answer", "500")]), Then(500)),
+            (Ask(), OK),
+        ],
+    ),
+    Scenario(
+        "a denied network is not answered, and an allowed one is not limited",
+        {"limits": [rule(rate="1/minute")], "access": {"allow": A, "deny": ["192.0.2.0/24", "198.51.100.0/24"]}},
+        [(Ask(), OK), (Ask(), OK), (Ask(peer=B), Then(403, {"retry-after": None}, refused=True))],
+    ),
+    Scenario(
+        "who is refused again and again is banned",
+        {"limits": [rule(rate="1/second", penalty={"strikes": 2, "within": "1m", "ban": "30s"})]},
+        [
+            (Ask(), OK),
+            (Ask(), Then(429, {}, "quota-exceeded")),
+            (Ask(), Then(429, {}, "quota-exceeded")),
+            (Ask(after=2), Then(429, {"retry-after": "28"}, "abnormal-usage-detected")),
+            (Ask(peer=B), OK),
+            (Ask(after=28), OK),
+        ],
+    ),
+    Scenario(
+        "tiers, exemptions, overrides and shadows are the same everywhere",
+        {
+            "limits": [
+                rule("all", "1/minute"),
+                rule(
+                    "plan",
+                    "2/minute",
+                    match="/plan",
+                    overrides="all",
+                    tier="header:X-Plan",
+                    tiers={"pro": "3/minute"},
+                ),
+                rule("try", "1/minute", match="/try", overrides="all", shadow=True),
+                rule("free", "1/minute", match="/free", overrides="all", exempt=["header:X-Key=s3cret"]),
+            ]
+        },
+        [
+            *[(Ask(raw="/plan"), answer) for answer in (OK, OK, LIMITED)],
+            *[(Ask(raw="/plan", peer=B, headers=[("X-Plan", "pro")]), answer) for answer in (OK, OK, OK, LIMITED)],
+            *[(Ask(raw="/try"), Then(200, {"ratelimit": None})) for _ in range(3)],
+            *[(Ask(raw="/free", headers=[("X-Key", "s3cret")]), OK) for _ in range(3)],
+            *[(Ask(raw="/free", headers=[("X-Key", "guess")]), answer) for answer in (OK, LIMITED)],
+            *[(Ask(), answer) for answer in (OK, LIMITED)],
+        ],
+    ),
+    Scenario(
+        "the older fields and a body of one's own",
+        {"limits": [rule()], "response": {"x_ratelimit": "seconds", "fields": False, "body": "wait {retry_after}"}},
+        [
+            (Ask(), Then(200, {"x-ratelimit-limit": "2", "x-ratelimit-remaining": "1", "x-ratelimit-reset": "61"})),
+            (Ask(), Then(200, {"x-ratelimit-remaining": "0", "ratelimit": None})),
+            (Ask(), Then(429, {"x-ratelimit-remaining": "0"}, "wait 61")),
+        ],
     ),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import socket
@@ -36,8 +37,16 @@ T = TypeVar("T")
 @contextmanager
 def asgi(settings: Mapping[str, Any], store: Store) -> Iterator[Answer]:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        status = int(dict(scope["headers"]).get(b"x-answer", b"200"))
+        fields = dict(scope["headers"])
+        status, length, more = int(fields.get(b"x-answer", b"200")), 0, True
+        while more:
+            message = await receive()
+            length, more = length + len(message["body"]), message["more_body"]
+        if length != int(fields.get(b"x-length", length)):
+            status = 418
         headers = [(name.lower().encode(), value.encode()) for name, value in COOKIES]
+        if b"x-say-cost" in fields:
+            headers.append((b"X-Cost", fields[b"x-say-cost"]))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"o", "more_body": True})
         await send({"type": "http.response.body", "body": b"k"})
@@ -57,8 +66,10 @@ def asgi(settings: Mapping[str, Any], store: Store) -> Iterator[Answer]:
         }
         sent: list[Message] = []
 
+        pieces = [ask.body[at : at + 9000] for at in range(0, len(ask.body), 9000)] or [b""]
+
         async def receive() -> Message:
-            return {"type": "http.request", "body": b"", "more_body": False}
+            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
         async def send(message: Message) -> None:
             sent.append(message)
@@ -77,7 +88,12 @@ def asgi(settings: Mapping[str, Any], store: Store) -> Iterator[Answer]:
 @contextmanager
 def wsgi(settings: Mapping[str, Any], store: Store) -> Iterator[Answer]:
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        start_response(f"{environ.get('HTTP_X_ANSWER', '200')} Answer", [("Content-Type", "text/plain"), *COOKIES])
+        status, cost = environ.get("HTTP_X_ANSWER", "200"), environ.get("HTTP_X_SAY_COST")
+        length = int(environ.get("HTTP_X_LENGTH", 0))
+        if len(environ["wsgi.input"].read(length)) != length:
+            status = "418"
+        headers = [("Content-Type", "text/plain"), *COOKIES, *([] if cost is None else [("X-Cost", cost)])]
+        start_response(f"{status} Answer", headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [b"o", b"k"]
 
     # validate on both sides: what we ask of the application, and what we answer to the server
@@ -90,7 +106,8 @@ def wsgi(settings: Mapping[str, Any], store: Store) -> Iterator[Answer]:
             "SCRIPT_NAME": "",
             "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
             "QUERY_STRING": query,
-            **{"HTTP_" + name.upper().replace("-", "_"): value for name, value in ask.headers},
+            "wsgi.input": io.BytesIO(ask.body),
+            **{cgi_name(name): value for name, value in ask.headers},
         }
         if ask.peer is not None:
             environ["REMOTE_ADDR"] = ask.peer
@@ -110,6 +127,12 @@ def wsgi(settings: Mapping[str, Any], store: Store) -> Iterator[Answer]:
     yield answer
 
 
+def cgi_name(name: str) -> str:
+    """The key of a field in a WSGI environ."""
+    name = name.upper().replace("-", "_")
+    return name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
+
+
 class Service(asyncio.Protocol):
     """What stands behind the gateway. It answers as the applications above, in chunks."""
 
@@ -123,13 +146,21 @@ class Service(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        *heads, self.buffer = (self.buffer + data).split(b"\r\n\r\n")
-        for head in heads:
+        self.buffer += data
+        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            head = self.buffer[:end]
+            told = re.search(rb"\r\ncontent-length: ([0-9]+)", head, re.IGNORECASE)
+            length = int(told[1]) if told else 0
+            if len(self.buffer) < end + 4 + length:
+                break
+            self.buffer = self.buffer[end + 4 + length :]
             method, target, _ = head.partition(b"\r\n")[0].split(b" ")
             self.targets.append(target)
             wanted = re.search(rb"\r\nx-answer: ([0-9]+)", head, re.IGNORECASE)
             lines = [b"HTTP/1.1 %b Answer" % (wanted[1] if wanted else b"200")]
             lines += [b"%b: %b" % (name.encode(), value.encode()) for name, value in COOKIES]
+            cost = re.search(rb"\r\nx-say-cost: (\w+)", head, re.IGNORECASE)
+            lines += [b"X-Cost: " + cost[1]] if cost else []
             lines += [b"Transfer-Encoding: chunked", b"", b""]
             body = b"" if method == b"HEAD" else b"1\r\no\r\n1\r\nk\r\n0\r\n\r\n"
             self.transport.write(b"\r\n".join(lines) + body)
@@ -211,11 +242,12 @@ class Engine:
                 fields.insert(0, ("Host", "gateway.example"))
             lines = [f"{ask.method} {ask.raw} HTTP/1.1", *(f"{name}: {value}" for name, value in fields), "", ""]
             sock = client(ask.peer)
-            sock.sendall("\r\n".join(lines).encode())
+            sock.sendall("\r\n".join(lines).encode() + ask.body)
             with HTTPResponse(sock, method=ask.method) as came:
                 came.begin()
                 response = Response(came.status, came.getheaders(), came.read())
                 if came.will_close:
+                    sock.shutdown(socket.SHUT_WR)  # a refused upload is lingered for
                     assert sock.recv(1) == b""
                     clients.pop(ask.peer).close()
             self._run(settled())
@@ -280,13 +312,13 @@ def walk(answer: Answer, clock: VirtualClock, scenario: Scenario, home: str) -> 
         for name, value in then.fields.items():
             assert response.get(name) == value, step
         assert then.contains.encode() in response.body, step
-        if response.status == 429:
+        if response.status == 429 or then.refused:
             assert not response.all("set-cookie")
             length = response.get("content-length")
             assert length is not None
             assert len(response.body) == (0 if ask.method == "HEAD" else int(length))
             if response.body and response.get("content-type") == "application/problem+json":
-                assert json.loads(response.body)["status"] == 429
+                assert json.loads(response.body)["status"] == response.status
         else:
             assert response.all("set-cookie") == ["a=1", "b=2"]
             assert response.body == (b"" if ask.method == "HEAD" and home != "asgi" else b"ok")
