@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gatekeeper.commands import Verdict
     from gatekeeper.errors import GatekeeperError, Limited, SettingsError, StoreError
-    from gatekeeper.keeper import Gatekeeper
+    from gatekeeper.keeper import Ban, Gatekeeper
     from gatekeeper.limiter import Limiter
     from gatekeeper.ticket import Refusal, Ticket
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ban",
     "Gatekeeper",
     "GatekeeperError",
     "Limited",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Ban": "gatekeeper.keeper",
     "Gatekeeper": "gatekeeper.keeper",
     "GatekeeperError": "gatekeeper.errors",
     "Limited": "gatekeeper.errors",

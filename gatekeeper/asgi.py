@@ -121,7 +121,7 @@ class _Ticket(ScopeRequest, Ticket):
                 if self.sent >= 500 and self.limited is not None and (limited := self.limited()) is not None:
                     # The application took a decorator's refusal for a fault of its own; we know better.
                     return self._replace(self.gate.refusal(self, limited.verdict))
-            if self.gate.reports and self.is_open:
+            if self.gate.reports:
                 message = self._heed(message)
             fields = self.gate.respond(self)
             if fields:

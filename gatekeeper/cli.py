@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from gatekeeper import __version__
-from gatekeeper.errors import MissingExtra, SettingsError
+from gatekeeper.errors import MissingExtra, SettingsError, StoreError
 from gatekeeper.keeper import Gatekeeper
+from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import json_schema, warnings
+from gatekeeper.storage import check_store
+from gatekeeper.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     import typer
@@ -66,7 +69,8 @@ def _app() -> "typer.Typer":
         # As servers do: settings may name functions of the application.
         sys.path.insert(0, "")
         try:
-            keeper = Gatekeeper(file)
+            keeper = Gatekeeper(file, store=MemoryStore())  # that of the settings is another process's
+            check_store(keeper.settings.store, keeper.limits())
         except SettingsError as error:
             wrong(error)
         for line in _told(keeper):
@@ -96,6 +100,42 @@ def _app() -> "typer.Typer":
         raise typer.Exit(status)
 
     @app.command()
+    def bans(
+        file: Annotated[Path, typer.Argument(help="A settings file in TOML.")],
+        lift: Annotated[
+            tuple[str, str] | None,
+            typer.Option(help="Lift the ban of a key: the rule's name, and the key as listed."),
+        ] = None,
+    ) -> None:
+        """List the keys that are banned: rule, seconds left and key, a line each. Or lift one of the bans."""
+        sys.path.insert(0, "")
+        try:
+            keeper = Gatekeeper(file)
+            if isinstance(keeper.store, MemoryStore):
+                raise SettingsError(
+                    ["store.url: expected a store that processes share: this one is another's memory"]
+                )
+        except SettingsError as error:
+            wrong(error)
+        except MissingExtra as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(2) from None
+        try:
+            if lift is not None:
+                keeper.lift(*lift)
+                return
+            for ban in keeper.bans():
+                tell(f"{ban.rule} {ban.seconds:.0f} {ban.key}")
+        except KeyError as error:
+            typer.echo(error.args[0], err=True)
+            raise typer.Exit(2) from None
+        except StoreError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from None
+        finally:
+            keeper.close()
+
+    @app.command()
     def schema() -> None:
         """Print the JSON Schema of settings files, for editors to complete them by."""
         tell(json.dumps(json_schema(), indent=2))
@@ -107,7 +147,13 @@ def _told(keeper: Gatekeeper) -> Iterator[str]:
     """What settings say, a line for each rule, pool and route. No URL is shown."""
     for rule in keeper.gate.rules:
         matches = rule.pattern.text if rule.pattern is not None else "all requests"
-        yield f"{rule.name}: {matches}: {', '.join(limit.policy for limit in rule.limits)}"
+        yield f"{rule.name}: {matches}: {', '.join(limit.policy for limit in rule.limits)}{_besides(rule)}"
+    if not keeper.settings.enabled:
+        yield "switched off: every request passes"
+    access = keeper.settings.access
+    for name, networks in (("allow", access.allow), ("deny", access.deny)):
+        if networks:
+            yield f"{name}: {len(networks)} {'entry' if len(networks) == 1 else 'entries'}"
     if not keeper.gate.rules:
         yield "no limits: every request passes"
     for name, pool in keeper.settings.pools.items():
@@ -117,6 +163,19 @@ def _told(keeper: Gatekeeper) -> Iterator[str]:
         yield f"pool {name}: {policy}{by} over {count} {'upstream' if count == 1 else 'upstreams'}"
     for route in keeper.settings.routes:
         yield f"route {route.match}: {route.pool}"
+
+
+def _besides(rule: Rule) -> str:
+    """What else there is to know of a rule."""
+    told = [
+        f"{name}: {', '.join(limit.policy for limit in tier) or 'unlimited'}" for name, tier in rule.tiers.items()
+    ]
+    told += ["per message"] if rule.messages else []
+    told += ["with exemptions"] if rule.exempt is not None else []
+    told += [f"in place of {', '.join(sorted(rule.overrides))}"] if rule.overrides else []
+    told += ["bans who is refused too often"] if rule.penalty is not None else []
+    told += ["in shadow: refuses nothing"] if rule.shadow else []
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def main() -> None:

@@ -178,13 +178,8 @@ class Gate:
         The result is for `Ticket.refused`: 0, or the status to refuse the request with.
         """
         rules = self._begin(ticket)
-        access = self._access
-        if access is not None and not self.off:
-            client = self._identity.ip(ticket)
-            if client in access.allow:
-                rules = ()
-            elif client in access.deny:
-                return 403
+        if self._access is not None and not ticket.spared and self._identity.ip(ticket) in self._access.deny:
+            return 403
         if self._hashes_user:
             yield from self._ask_user(ticket)
         return (yield from self.extend(ticket, rules))
@@ -202,6 +197,9 @@ class Gate:
         if not rules:
             return 0
         hits = self._hits(ticket, rules)
+        if not hits:
+            ticket.rules = rules
+            return 0
         verdicts = ask(hits)
         for verdict in verdicts:
             if not verdict.allowed:
@@ -217,7 +215,7 @@ class Gate:
         All of these or none. What was charged before stays charged: the application has run for it since, and
         were it given back, a client refused within would be let in for ever.
         """
-        if not rules or self.off:
+        if not rules or self.off or ticket.spared:
             return 0
         if any(rule.asks for rule in rules):
             status = yield from self._ask(ticket, rules)
@@ -225,13 +223,14 @@ class Gate:
                 return status
         hits = self._hits(ticket, rules)
         if not hits:
+            ticket.rules = (*ticket.rules, *rules)
             return 0
         verdicts: Replies = yield hits
         return (yield from self._settle(ticket, rules, hits, verdicts))
 
     def message_rules(self, ticket: Ticket) -> tuple[Rule, ...]:
         """The rules for the messages that a client sends within a WebSocket; `ticket` is its handshake's."""
-        return () if self.off else self._remaining(self._messages.match(ticket))
+        return () if self.off or ticket.spared else self._messages.match(ticket)
 
     def message(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[bool]:
         """Charge one message of a WebSocket for the rules of its messages. Whether it may go on."""
@@ -253,6 +252,8 @@ class Gate:
         ticket.replaced, ticket.is_open, ticket.hits = False, False, ()
         # A client that is its own peer, and was seen before, is one look-up.
         ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
+        if self._access is not None:
+            ticket.spared = self._identity.ip(ticket) in self._access.allow
 
     def _begin(self, ticket: Ticket) -> tuple[Rule, ...]:
         """Identify the client; the rules that match."""

@@ -89,6 +89,7 @@ class Gatekeeper:
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
         self.use(open_store(self.settings.store, _limits(self._gate)) if store is None else store)
+        self._punishing = [rule.penalty for rule in self.gate.rules if rule.penalty is not None]
         self._files.watch()
         self.enabled = self.settings.enabled
         KEEPERS.add(self)
@@ -112,6 +113,10 @@ class Gatekeeper:
         if require is not None:
             require(awaiting=awaiting)
 
+    def limits(self) -> list[RateLimit]:
+        """Every limit of the settings."""
+        return list(_limits(self._gate))
+
     def functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
         """The functions of the settings that requests are asked, each with its path."""
         if callable(self.settings.identity.user):
@@ -131,7 +136,7 @@ class Gatekeeper:
             self.gate = self._gate
         elif not self.gate.off:
             self.gate = Gate((), _identity(self.settings.identity), manner=Manner(fields=False))
-            self.gate.off = True
+            self.gate.off, self.gate.keeper, self.gate.route = True, self, self._gate.route
 
     def finish(self, ticket: Ticket) -> None:
         """End a request or a call: once, when its outcome is known. The ticket's `sent` and `ended` tell it."""
@@ -163,12 +168,14 @@ class Gatekeeper:
             is_shared=limit.scope is not None,
         )
         self._files.watch()
+        if rule.penalty is not None:
+            self._punishing.append(rule.penalty)
         return rule
 
     def bans(self) -> list[Ban]:
         """The keys that are banned at the moment. Raises StoreError."""
         found: list[Ban] = []
-        for limit in self._penalties():
+        for limit in self._punishing:
             keys = self.store.keys(limit)
             found += _banned(limit, keys, self.store.ask(_looks(limit, keys)))
         return found
@@ -176,7 +183,7 @@ class Gatekeeper:
     async def abans(self) -> list[Ban]:
         """As `bans`, awaiting the store."""
         found: list[Ban] = []
-        for limit in self._penalties():
+        for limit in self._punishing:
             keys = await self.store.akeys(limit)
             found += _banned(limit, keys, await self.store.aask(_looks(limit, keys)))
         return found
@@ -193,14 +200,11 @@ class Gatekeeper:
         await self.store.aask(self._lifting(rule, key))
 
     def _lifting(self, rule: str, key: str) -> Batch:
-        limits = [limit for limit in self._penalties() if limit.rule.name == rule]
+        limits = [limit for limit in self._punishing if limit.rule.name == rule]
         if not limits:
-            names = ", ".join(limit.rule.name for limit in self._penalties())
+            names = ", ".join(limit.rule.name for limit in self._punishing)
             raise KeyError(f"expected the name of a rule with a penalty: {names or 'none has one'}")
         return Batch(resets=[(limit, key) for limit in limits])
-
-    def _penalties(self) -> list[RateLimit]:
-        return [rule.penalty for rule in self._gate.rules if rule.penalty is not None]
 
     def _ask_any(self, batch: Hits) -> Replies:
         return self._ask(batch)
@@ -311,7 +315,7 @@ def _destination(name: str, settings: PoolSettings) -> Destination:
     return Destination(
         pool,
         part(settings.key) if pool.needs_key else None,
-        pool.needs_key and settings.key == "user",
+        pool.needs_key and (settings.key == "user" or settings.key.startswith("claim:")),
         settings.connect_timeout / 1e9,
         settings.response_timeout / 1e9,
         settings.read_timeout / 1e9,

@@ -49,22 +49,23 @@ def open_store(settings: StoreSettings, limits: Iterable[Limit] = ()) -> Store:
 
     Raises MissingExtra if it needs packages that are not installed.
     """
+    check_store(settings, limits)
     url = settings.url or "memory://"
     try:
-        kind = store_scheme(url)
-        if kind == "limits":
-            _check_limits(url, limits)
-        return STORES[kind](url, settings)
+        return STORES[store_scheme(url)](url, settings)
     except SettingsError:
         raise
     except (ValueError, StoreError) as error:  # whose messages never show a URL
         raise SettingsError([f"store.url: {error}"]) from None
 
 
-def _check_limits(url: str, limits: Iterable[Limit]) -> None:
+def check_store(settings: StoreSettings, limits: Iterable[Limit]) -> None:
+    """Raises SettingsError if the store that settings name, which is not opened, cannot count one of the limits."""
+    if settings.url is None or store_scheme(settings.url) != "limits":
+        return
     from gatekeeper.stores.limits import unsupported
 
-    problems = unsupported(url, limits)
+    problems = unsupported(settings.url, limits)
     if problems:
         raise SettingsError([f"store.url: {problem}" for problem in problems])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -36,6 +36,9 @@ class Charge(NamedTuple):
 
 class Policy(Protocol):
     """What a ticket asks of the gate that made it."""
+
+    off: bool
+    rules: tuple[Rule, ...]
 
     def address(self, request: Request) -> str: ...
 
@@ -79,6 +82,7 @@ class Ticket(Request):
     refused: int = 0
     sent: int = 0
     ended: bool = False
+    spared: bool = False  # of a network that is never limited
     replaced: bool = False  # our refusal stands in place of the application's response
     # Rules, hits and verdicts in the order they were asked: a hit for each rate of each rule.
     rules: tuple[Rule, ...] = ()
@@ -144,17 +148,19 @@ class Ticket(Request):
         `rule`: its name, where several that apply have `settle = "app"`. Told again, the last counts. What the real
         cost is above the charge is spent as far as the quota reaches.
 
+        Where the rule does not apply to the request, or it is exempt, nothing follows of it.
+
         Raises ValueError if there is no such rule, or if `cost` is not from 0 to 1000000000.
         """
-        names = [one.name for one in self.rules if one.settles == "app" and rule in (None, one.name)]
-        if len(names) != 1:
-            raise ValueError(
-                'rule: expected the name of one rule that applies to the request and has settle = "app"; there are '
-                + (", ".join(names) or "none")
-            )
         if not isinstance(cost, int) or isinstance(cost, bool) or not 0 <= cost <= MOST:
             raise ValueError(f"cost: expected an integer from 0 to {MOST}")
-        self.settled = {**self.settled, names[0]: cost}
+        names = _settled_by_app(self.rules, rule)
+        if len(names) == 1:
+            self.settled = {**self.settled, names[0]: cost}
+        elif names or not (self.gate.off or _settled_by_app(self.gate.rules, rule)):
+            raise ValueError(
+                f'rule: expected the name of one rule with settle = "app"; there are {", ".join(names) or "none"}'
+            )
 
     @property
     def tightest(self) -> Charge | None:
@@ -164,6 +170,10 @@ class Ticket(Request):
 
     def __repr__(self) -> str:
         return f"<Ticket {self.method} {self.address}: {list(self.verdicts)}>"
+
+
+def _settled_by_app(rules: Iterable[Rule], name: str | None) -> list[str]:
+    return [rule.name for rule in rules if rule.settles == "app" and name in (None, rule.name)]
 
 
 def tightness(verdict: Verdict) -> tuple[bool, float]:

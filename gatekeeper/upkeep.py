@@ -121,6 +121,8 @@ class NetworkFiles:
         self._every = every
         self._log = log
         self._sets: list[tuple[Networks, list[Network], list[Path]]] = []
+        self._watching = False
+        self._told: set[str] = set()
         self._read: dict[Path, tuple[object, list[Network]]] = {}
 
     def networks(self, texts: Sequence[str], where: str) -> Networks:
@@ -142,18 +144,31 @@ class NetworkFiles:
 
     def watch(self) -> None:
         """Look at the files from time to time, if there are any."""
-        if self._sets:
+        if self._sets and not self._watching:
+            self._watching = True
             start_thread("gatekeeper-files", self, self._every)
+            held = weakref.ref(self)
+
+            def again() -> None:
+                files = held()
+                if files is not None:
+                    start_thread("gatekeeper-files", files, files._every)
+
+            os.register_at_fork(after_in_child=again)  # threads do not outlive a fork
 
     def __call__(self) -> float:
         """Read what has changed. How many seconds until the next look."""
-        changed = set()
+        changed: set[Path] = set()
         for path in list(self._read):
             try:
                 if self._load(path):
                     changed.add(path)
+                    self._told.clear()
             except (OSError, ValueError) as error:
-                self._log(_told(path, error))
+                told = _told(path, error)
+                if told not in self._told:  # once, and not at every look
+                    self._log(told)
+                self._told.add(told)
         for found, fixed, paths in self._sets:
             if changed.intersection(paths):
                 found.replace([*fixed, *(network for path in paths for network in self._read[path][1])])

@@ -84,7 +84,7 @@ class _Ticket(EnvironRequest, Ticket):
             # The application took a decorator's refusal for a fault of its own; we know better.
             self.replace(self.gate.refusal(self, limited.verdict), *exc_info)
             return _discard
-        if self.gate.reports and self.is_open:
+        if self.gate.reports:
             headers = self._heed(headers)
         fields = [(name.decode(), value.decode()) for name, value in self.gate.respond(self)]
         write = self.start_response(status, headers + fields, *exc_info)

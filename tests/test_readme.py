@@ -8,8 +8,9 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,8 +41,21 @@ def test_a_block_of_python_runs_by_itself(page: Path, line: int, code: str) -> N
     exec(compile("\n" * line + code, str(page), "exec"), {"__name__": "block"})
 
 
+class Shop(ModuleType):
+    """The application whose functions the pages name, as `shop:plan_of`: it has them all."""
+
+    def __getattr__(self, name: str) -> Callable[[Any], None]:
+        if name.startswith("__"):  # what Python itself asks of a module
+            raise AttributeError(name)
+        return lambda request: None
+
+
 @pytest.mark.parametrize(("page", "line", "text"), blocks("toml"))
-def test_a_block_of_toml_is_a_settings_file(page: Path, line: int, text: str) -> None:
+def test_a_block_of_toml_is_a_settings_file(
+    page: Path, line: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "shop", Shop("shop"))
+    monkeypatch.setenv("GATEKEEPER_STORE", "redis://redis.example")
     load_settings(tomllib.loads(text))
 
 
@@ -82,21 +96,29 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+LISTED = {"limits", "routes", "pools.NAME.upstreams"}
+"""The tables that come in lists."""
+
+TOP = "At the top"
+"""The heading of the keys that are in no table."""
+
+
 def schema_keys() -> Iterator[Any]:
     """Each key of the schema: the heading of its table, the key, what the schema says of it."""
     schema = json_schema()
-    for table, below in schema["properties"].items():
-        yield from table_keys(schema, table, below)
+    for name, below in schema["properties"].items():
+        if any("$ref" in one for one in references(below)):
+            yield from table_keys(schema, name, below)
+        else:
+            yield pytest.param(TOP, name, below["default"], id=name)
 
 
 def table_keys(schema: Any, table: str, below: Any) -> Iterator[Any]:
     """The keys of a table, or of each in a list of tables, or of each that has a name; and of those in it."""
     if "additionalProperties" in below:
         table, below = f"{table}.NAME", below["additionalProperties"]
-    heading = f"[{table}]"
-    if "$ref" not in below:
-        heading = f"[[{table}]]"
-        below = next(one for one in references(below) if "$ref" in one)
+    heading = f"[[{table}]]" if table in LISTED else f"[{table}]"
+    below = next(one for one in references(below) if "$ref" in one)
     model = schema["$defs"][below["$ref"].rpartition("/")[2]]
     for key, what in model["properties"].items():
         if "$ref" not in what:
@@ -107,9 +129,10 @@ def table_keys(schema: Any, table: str, below: Any) -> Iterator[Any]:
 
 
 def references(what: Any) -> Iterator[Any]:
-    """What a value may be, in a list as well."""
+    """What a value may be, in a list or under a name as well."""
     yield what
-    for one in [what["items"]] if "items" in what else what.get("anyOf", ()):
+    inner = [what[key] for key in ("items", "additionalProperties") if isinstance(what.get(key), dict)]
+    for one in inner or what.get("anyOf", ()):
         yield from references(one)
 
 
@@ -138,23 +161,20 @@ def test_no_key_is_documented_that_the_schema_lacks() -> None:
 
 def shown_keys(table: str, value: Any) -> Iterator[tuple[str, str]]:
     """The keys that a document sets, by (heading, key) as `settings_rows` has them."""
+    heading = TOP if not table else f"[[{table}]]" if table in LISTED else f"[{table}]"
     for key, below in value.items():
         name = f"{table}.{key}" if table else key
+        tables = [one for one in below if isinstance(one, dict)] if isinstance(below, list) else []
         if key == "pools":
             for pool in below.values():
                 yield from shown_keys("pools.NAME", pool)
-        elif isinstance(below, dict):
-            yield from shown_keys(name, below)
-        else:
-            tables = [one for one in below if isinstance(one, dict)] if isinstance(below, list) else []
-            if table:
-                yield f"[[{table}]]" if table in LISTED else f"[{table}]", key
-            for one in tables:
-                yield from shown_keys(name, one)
-
-
-LISTED = {"limits", "routes", "pools.NAME.upstreams"}
-"""The tables that come in lists."""
+            continue
+        if isinstance(below, dict) and name != "limits.tiers":  # whose keys are names of the user's own
+            tables = [below]
+        if not tables or (heading, key) in settings_rows():
+            yield heading, key
+        for one in tables:
+            yield from shown_keys(name, one)
 
 
 def test_the_settings_page_shows_each_key_in_its_whole_files() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 
 from gatekeeper import Gatekeeper, Refusal, SettingsError
 from gatekeeper.commands import run
+from gatekeeper.decorators import Guard
 from gatekeeper.errors import StoreError
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.testing import VirtualClock, virtual_store
@@ -571,3 +575,123 @@ def test_switched_off_nothing_is_limited() -> None:
     policy.keeper.enabled = True
     assert policy.admitted(5, peer="203.0.113.1") == 1
     assert policy.admitted(1) == 0
+
+
+# What an attentive reader found
+
+
+def test_switched_off_a_gateway_still_knows_its_routes() -> None:
+    pools = {"one": {"upstreams": "http://127.0.0.1:9"}}
+    policy = Policy(pools=pools, routes=[{"match": "/*", "pool": "one"}], enabled=False)
+    assert policy.keeper.gate.route(policy.begin()) is not None
+
+
+@pytest.mark.parametrize(
+    ("request_", "more"),
+    [
+        ({"x_plan": "staff"}, {}),
+        ({"x_spare": "me"}, {}),
+        ({"peer": "10.0.0.1"}, {"access": {"allow": ["10.0.0.0/8"]}}),
+        ({"target": "/other"}, {}),
+        ({}, {"enabled": False}),
+    ],
+)
+def test_the_real_cost_may_be_told_of_a_request_that_was_not_charged(request_: Any, more: Any) -> None:
+    rule = {
+        "rate": "9/minute", "match": "/", "settle": "app", "tier": "header:X-Plan", "tiers": {"staff": "unlimited"},
+        "exempt": [lambda request: request.field("x-spare") == "me"],
+    }  # fmt: skip
+    policy = Policy(rule, **more)
+    ticket = policy.begin(**request_)
+    ticket.settle(5)
+    ticket.settle(5, "rule0")
+    policy.end(ticket)
+    if policy.keeper.enabled:
+        with pytest.raises(ValueError, match="rule: expected"):
+            ticket.settle(5, "rule1")
+
+
+def test_an_allowed_network_is_not_limited_by_guards_and_messages_either() -> None:
+    policy = Policy({"rate": "1/minute", "per": "message"}, access={"allow": ["10.0.0.0/8"]})
+    gate = policy.keeper.gate
+    for peer, free in (("10.0.0.1", True), ("192.0.2.1", False)):
+        ticket = policy.begin(peer=peer)
+        rules = gate.message_rules(ticket)
+        assert bool(rules) is not free
+        guard = Guard("1/minute", "guarded", {})
+        rule = guard.rule(policy.keeper, "module.function")
+        assert [run(guard.charge(ticket, rule), policy.keeper.ask) for _ in range(2)] == [0, 0 if free else 429]
+
+
+def test_bans_of_guards_are_listed_and_lifted() -> None:
+    policy = Policy()
+    guard = Guard("1/minute", "guarded", {"penalty": PENALTY})
+    rule = guard.rule(policy.keeper, "module.function")
+    for _ in range(5):
+        run(guard.charge(policy.begin(), rule), policy.keeper.ask)
+    assert [ban[:2] for ban in policy.keeper.bans()] == [("guarded", "192.0.2.1")]
+    policy.keeper.lift("guarded", "192.0.2.1")
+    assert policy.keeper.bans() == []
+
+
+def test_networks_of_files_are_watched_by_one_thread_and_in_a_forked_process_by_one_of_its_own(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "allow"
+    file.write_text("10.0.0.0/8", encoding="utf-8")
+    policy = Policy(access={"allow": f"file:{file}"})
+    for number in range(3):
+        policy.keeper.limit("1/minute", name=f"f{number}", exempt=f"file:{file}")(lambda: None)
+    before = [thread.name for thread in threading.enumerate()].count("gatekeeper-files")
+    Policy()
+    assert [thread.name for thread in threading.enumerate()].count("gatekeeper-files") == before
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads, as servers do it
+        child = os.fork()
+    if not child:
+        names = [thread.name for thread in threading.enumerate()]
+        os.write(write, b"1" if "gatekeeper-files" in names else b"0")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 1) == b"1"
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        (
+            [{"overrides": "rule1"}, {"overrides": "rule2"}, {"overrides": "rule0"}],
+            "expected no rule that overrides this",
+        ),
+        ([{"overrides": "rule0"}], "expected no rule that overrides this"),
+        ([{"per": "message", "key": "json:a"}], "a field of the body goes with requests"),
+        ([{"per": "message", "overrides": "rule0"}], "goes with requests, and not with messages"),
+        ([{"overrides": "ruleO"}, {}], 'expected names of other rules; did you mean "rule1"'),
+        ([{"tier": "user"}], "tiers: expected a value"),
+        ([{"tiers": {"a": "1/minute"}}], "tier: expected a value"),
+        ([{"key": "param:id", "match": "/{name}"}], "expected the name of a {name} in match: name"),
+        ([{"scope": "a"}, {"scope": "a", "rate": "2/minute"}], "expected the rate and algorithm of limits[0]"),
+        ([{"penalty": {"ban": "2d"}}], "penalty: expected ban within at_most"),
+        ([{"concurrency": 3}], "rate: does not go with concurrency"),
+        ([{"lease": "5m"}], "lease: goes with concurrency alone"),
+        ([{"tier": "user", "tiers": {"a": "none"}}], "expected a rate: an amount"),
+        ([{"settle": "bits"}], 'settle: expected "app", "bytes" or "header:NAME"'),
+        ([{"exempt": "10.0.0.1/8"}], "exempt: expected networks"),
+        ([{"key": "param:"}], "expected the name of a {name}"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(limits: list[dict[str, Any]], problem: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        Policy(*({"rate": "1/minute", **limit} for limit in limits))
+    assert any(problem in line for line in error.value.problems), error.value.problems
+
+
+def test_a_handler_that_must_be_awaited_is_refused() -> None:
+    async def handler(ticket: Ticket, refusal: Refusal) -> Refusal:
+        return refusal
+
+    with pytest.raises(SettingsError, match=r"response\.handler: .* not asynchronous"):
+        Policy(response={"handler": handler})

@@ -635,7 +635,7 @@ def test_places_are_counted_as_people_do() -> None:
         (pool(vnodes=160), "pools.api.vnodes", "goes with the policy ring"),
         (pool(vnodes=160, policy=Policy), "pools.api.vnodes", "goes with the policy ring"),
         (pool(vnodes=160, policy="json:JSONDecoder"), "pools.api.vnodes", "goes with the policy ring"),
-        (ring(key=SECRET), "pools.api.key", "expected ip, user, header:NAME, cookie:NAME or path"),
+        (ring(key=SECRET), "pools.api.key", "expected ip, user, header:NAME, cookie:NAME, query:NAME, claim:NAME or path"),
         (ring(key="method"), "pools.api.key", "expected ip, user"),
         (ring(key="host"), "pools.api.key", "expected ip, user"),
         (ring(key="route"), "pools.api.key", "expected ip, user"),

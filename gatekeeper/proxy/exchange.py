@@ -420,7 +420,7 @@ class Exchange(WireRequest, Ticket):
         # An answer before the end of an upload ends the upload: the client is to read it, and not to go on.
         self.keeps = self.keeps_alive and self.body.is_done and not client.is_last
         lines = [b"HTTP/1.1 " + head.reason, *head.lines]
-        if self.is_open and self.front.gate.reports:
+        if self.front.gate.reports:
             lines = self._heed(lines)
         if self.hits:
             lines += [name + b": " + value for name, value in self.front.gate.respond(self)]

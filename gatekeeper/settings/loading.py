@@ -75,8 +75,10 @@ def _misfit_limits(limits: object) -> list[str]:
                 if other != place:
                     problems.append(f"{path}.name: expected a name of its own; limits[{other}] is told by the same")
         for overridden in _listed(as_list(limit.get("overrides"))):
-            if isinstance(overridden, str) and (overridden == name or overridden not in names):
+            if isinstance(overridden, str) and overridden not in names:
                 problems.append(f"{path}.overrides: expected names of other rules{_near(overridden, names)}")
+        if isinstance(name, str) and name in _overridden(name, tables):
+            problems.append(f"{path}.overrides: expected no rule that overrides this one in its turn")
         scope = limit.get("scope")
         if isinstance(scope, str):
             quota = rates, limit.get("algorithm"), limit.get("burst"), limit.get("concurrency")
@@ -86,6 +88,22 @@ def _misfit_limits(limits: object) -> list[str]:
                     f"{path}.scope: expected the rate and algorithm of limits[{other}]: they share a quota"
                 )
     return problems
+
+
+def _overridden(name: str, tables: Sequence[tuple[int, Mapping[str, Any]]]) -> set[object]:
+    """The names of the rules that a rule overrides, and of those that these override, and so on."""
+    below = {limit.get("name"): _listed(as_list(limit.get("overrides"))) for _, limit in tables if _named(limit)}
+    found: set[object] = set()
+    new = [name]
+    while new:
+        others = [other for other in below.get(new.pop(), ()) if isinstance(other, str) and other not in found]
+        found.update(others)
+        new += others
+    return found
+
+
+def _named(limit: Mapping[str, Any]) -> bool:
+    return isinstance(limit.get("name"), str)
 
 
 def _rates_of(value: object) -> tuple[Rate, ...]:
@@ -125,6 +143,8 @@ def _misfit_limit(limit: Mapping[str, Any], rates: tuple[Rate, ...]) -> Iterator
         for key in ("concurrency", "settle", "give_back", "reset_on", "preflights", "overrides"):
             if key in limit:
                 yield f".{key}: goes with requests, and not with messages"
+        if any(str(text).startswith(("form:", "json:")) for text in _listed(as_list(limit.get("key")))):
+            yield ".key: a field of the body goes with requests, and not with messages"
     yield from _misfit_parameters(limit)
     penalty = limit.get("penalty")
     if isinstance(penalty, Mapping):
@@ -367,7 +387,16 @@ def warnings(settings: Settings) -> list[str]:
     found = []
     identity = settings.identity
     if identity.user is None:
-        keyed = [f"limits[{place}]" for place, limit in enumerate(settings.limits) if "user" in limit.key]
+        keyed = [
+            f"limits[{place}]"
+            for place, limit in enumerate(settings.limits)
+            if "user" in limit.key or limit.tier == "user"
+        ]
+        found += [
+            f"limits[{place}].exempt: no identity.user tells the user, so nobody is exempt by name"
+            for place, limit in enumerate(settings.limits)
+            if any(isinstance(one, str) and one.startswith("user:") for one in limit.exempt)
+        ]
         keyed += [f"pools.{_shown(name)}" for name, pool in settings.pools.items() if pool.key == "user"]
         found += [f"{path}.key: no identity.user tells the user, so each client is its address" for path in keyed]
     if not callable(identity.user):

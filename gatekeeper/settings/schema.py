@@ -32,6 +32,7 @@ from gatekeeper.settings.values import (
     Address,
     Duration,
     Size,
+    is_asynchronous,
     load_object,
     nth,
     parse_address,
@@ -247,6 +248,9 @@ def _policy(value: object) -> object:
     return value
 
 
+_POOL_KEYS: Final = "ip, user, header:NAME, cookie:NAME, query:NAME, claim:NAME or path"
+
+
 def _pool_key(text: str) -> str:
     if text not in ("ip", "user", "path"):
         try:
@@ -254,7 +258,9 @@ def _pool_key(text: str) -> str:
                 raise PartError
             part(text)
         except PartError:
-            raise ValueError("expected ip, user, header:NAME, cookie:NAME or path") from None
+            raise ValueError(
+                "expected ip, user, header:NAME, cookie:NAME, query:NAME, claim:NAME or path"
+            ) from None
     return text
 
 
@@ -458,11 +464,18 @@ class ResponseSettings(_Model):
     handler: Annotated[
         Callable[..., Any] | None,
         BeforeValidator(
-            lambda value: value if value is None else _function(value, _HANDLER_EXPECTED),
+            lambda value: value if value is None else _handler(value),
             json_schema_input_type=str | None,
         ),
     ] = Field(None, description='"package.module:function" of the ticket and its Refusal that returns a Refusal.')
     close_code: Literal[1008, 1013] = Field(1013, description="The close code of a WebSocket that a limit ends.")
+
+
+def _handler(value: object) -> Callable[..., Any]:
+    function = _function(value, _HANDLER_EXPECTED)
+    if is_asynchronous(function):
+        raise ValueError(f"{_HANDLER_EXPECTED}, and not asynchronous")
+    return function
 
 
 _HANDLER_EXPECTED: Final = 'expected "package.module:function" or a function, of the ticket and its Refusal'
@@ -562,7 +575,7 @@ class PoolSettings(_Model):
     )
     key: Annotated[str, AfterValidator(_pool_key)] = Field(
         "ip",
-        description="What a ring hashes: ip, user, header:NAME, cookie:NAME, path; what lacks it, by its address.",
+        description=f"What a ring hashes: {_POOL_KEYS}; what lacks it, by its address.",
     )
     vnodes: Integer = Field(
         160, ge=1, le=MOST_VNODES, description="The points of an upstream of weight 1 on a ring."

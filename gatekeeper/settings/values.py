@@ -215,7 +215,9 @@ def store_url(text: str) -> str:
 
 
 REDIS: Final = tuple(
-    f"{server}{how}" for server in ("redis", "valkey") for how in ("", "s", "+cluster", "s+cluster", "+sentinel")
+    f"{server}{how}"
+    for server in ("redis", "valkey")
+    for how in ("", "s", "+cluster", "s+cluster", "+sentinel", "s+sentinel")
 )
 """The schemes of one Redis or Valkey, and of several together."""
 
