@@ -82,6 +82,7 @@ def _app() -> "typer.Typer":
     def serve(
         file: Annotated[Path, typer.Argument(help="A settings file in TOML.")],
         listen: Annotated[str | None, typer.Option(help='In place of listen.address: "host:port".')] = None,
+        workers: Annotated[int | None, typer.Option(min=1, max=256, help="In place of listen.workers.")] = None,
     ) -> None:
         """Run the gateway that a settings file describes, until SIGTERM or Ctrl-C."""
         sys.path.insert(0, "")
@@ -91,9 +92,12 @@ def _app() -> "typer.Typer":
             typer.echo(str(error), err=True)
             raise typer.Exit(2) from None
         try:
-            status = supervisor.serve(file, listen)
+            status = supervisor.serve(file, listen, workers)
         except SettingsError as error:
             wrong(error)
+        except MissingExtra as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(2) from None
         except supervisor.BindError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(1) from None

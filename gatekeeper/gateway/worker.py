@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gatekeeper.errors import MissingExtra
+from gatekeeper.gateway.supervisor import with_store
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.proxy.exchange import Exchange
 from gatekeeper.proxy.listener import Front, Listener
+from gatekeeper.settings import load_settings
 
 try:
     import uvloop
@@ -110,12 +114,16 @@ def _raise_file_limit() -> None:
 
 
 def main() -> None:
-    """Started by the supervisor with: settings file, socket, control socket, pseudonym."""
-    file, server_fd, control_fd, pseudonym = sys.argv[1:]
+    """Started by the supervisor with: settings file, socket, control socket, pseudonym, workers, store."""
+    file, server_fd, control_fd, pseudonym, workers, store = sys.argv[1:]
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")
     _raise_file_limit()
-    keeper = Gatekeeper(Path(file))
+    settings = with_store(load_settings(Path(file)), store)
+    keeper = Gatekeeper(settings, workers=int(workers))
     keeper.require(awaiting=True)
     server, control = socket.socket(fileno=int(server_fd)), socket.socket(fileno=int(control_fd))
     server.setblocking(False)
+    parent = os.getppid()
     uvloop.run(work(keeper, server, control, pseudonym))
+    if store and os.getppid() != parent:  # it was killed: nobody else clears up
+        shutil.rmtree(store.removeprefix("shared://"), ignore_errors=True)

@@ -382,9 +382,12 @@ def _keys_at(path: list[int | str]) -> list[str]:
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
-def warnings(settings: Settings) -> list[str]:
-    """What is odd about settings that are right, a line each."""
+def warnings(settings: Settings, workers: int | None = None) -> list[str]:
+    """What is odd about settings that are right, a line each. `workers`: how many, if not as they say."""
     found = []
+    workers = settings.listen.workers if workers is None else workers
+    if workers > 1 and settings.store.url is not None and store_scheme(settings.store.url) == "memory":
+        found.append(f"store.url: each of {workers} workers counts in memory of its own; without a url they share")
     identity = settings.identity
     if identity.user is None:
         keyed = [

@@ -488,6 +488,7 @@ class ListenSettings(_Model):
         "127.0.0.1:8080",
         description='"host:port" (port 0: any that is free), "[v6]:port", or "unix:/path".',
     )
+    workers: Integer = Field(1, ge=1, le=256, description="Processes that serve. They share their counters.")
     forwarded: Literal["x-forwarded", "forwarded", "none"] = Field(
         "x-forwarded",
         description="What upstreams are told of the client: X-Forwarded-For, -Proto, -Host; Forwarded; or nothing.",
