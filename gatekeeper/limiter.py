@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, Verdict
@@ -11,6 +12,7 @@ from gatekeeper.ratelimit.rates import Rate, parse_rates
 from gatekeeper.ratelimit.rules import LONGEST_KEY, Rule, bounded
 from gatekeeper.settings import load_settings
 from gatekeeper.storage import checked_store, open_store
+from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.ticket import tightness
 
 _REMEMBERED: Final = 4096
@@ -42,40 +44,52 @@ class Limiter:
         settings = load_settings(document)
         self._algorithm = settings.limits[0].counted_by
         (limit,) = Rule("limiter", [Rate(1, 1)], algorithm=self._algorithm).limits
-        self.store: Store = open_store(settings.store, [limit]) if isinstance(store, str) else checked_store(store)
         self._limits: dict[str | tuple[str, str], tuple[Limit, ...]] = {}
-        self._plain: dict[str, Limit] = {}  # of them those by rate alone, where it is one
+        # Of them those by rate alone, where it is one, and where the store gives a shorter way.
+        self._hitters: dict[str, Callable[[str], Verdict]] = {}
+        self.store = open_store(settings.store, [limit]) if isinstance(store, str) else checked_store(store)
+
+    @property
+    def store(self) -> Store:
+        """The store that is asked."""
+        return self._store
+
+    @store.setter
+    def store(self, store: Store) -> None:
+        self._store = store
+        self._limits.clear()
+        self._hitters.clear()
 
     def hit(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
         """Spend `cost` units if all rates allow it. The verdict is the tightest rate's."""
-        limit = self._plain.get(rate) if name is None and cost is _ONE else None
-        if limit is not None and key.__class__ is str and len(key) <= LONGEST_KEY:
-            hits: Hits = [(limit, key, 1)]
-        else:
-            hits = self._batch(rate, key, cost, name)
-        replies = self.store.ask(hits)
+        if cost is _ONE and name is None and key.__class__ is str:
+            hit = self._hitters.get(rate)
+            if hit is not None and len(key) <= LONGEST_KEY:
+                return hit(key)
+        hits = self._batch(rate, key, cost, name)
+        replies = self._store.ask(hits)
         verdict = replies[0]
         return verdict if len(replies) == 1 and verdict.__class__ is Verdict else _tightest(replies)
 
     async def ahit(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
         """As `hit`, awaiting the store."""
-        return _tightest(await self.store.aask(self._batch(rate, key, cost, name)))
+        return _tightest(await self._store.aask(self._batch(rate, key, cost, name)))
 
     def peek(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
         """What `hit` would answer, spending nothing."""
-        return _tightest(self.store.ask(Batch(self._batch(rate, key, cost, name), spend=False)))
+        return _tightest(self._store.ask(Batch(self._batch(rate, key, cost, name), spend=False)))
 
     async def apeek(self, rate: str, key: str, cost: int = 1, name: str | None = None) -> Verdict:
         """As `peek`, awaiting the store."""
-        return _tightest(await self.store.aask(Batch(self._batch(rate, key, cost, name), spend=False)))
+        return _tightest(await self._store.aask(Batch(self._batch(rate, key, cost, name), spend=False)))
 
     def reset(self, rate: str, key: str, name: str | None = None) -> None:
         """Forget what the key has used."""
-        self.store.ask(self._forget(rate, key, name))
+        self._store.ask(self._forget(rate, key, name))
 
     async def areset(self, rate: str, key: str, name: str | None = None) -> None:
         """As `reset`, awaiting the store."""
-        await self.store.aask(self._forget(rate, key, name))
+        await self._store.aask(self._forget(rate, key, name))
 
     def close(self) -> None:
         self.store.close()
@@ -106,9 +120,9 @@ class Limiter:
             limits = Rule(name, rates, algorithm=self._algorithm).limits
         if len(self._limits) >= _REMEMBERED:
             self._limits.clear()
-            self._plain.clear()
-        if name is None and len(limits) == 1:
-            self._plain[rate] = limits[0]
+            self._hitters.clear()
+        if name is None and len(limits) == 1 and isinstance(self._store, MemoryStore):
+            self._hitters[rate] = self._store.hitter(limits[0])
         self._limits[rate if name is None else (name, rate)] = limits
         return limits
 

@@ -412,6 +412,7 @@ def test_the_gateway_listens_at_home_unless_told_otherwise() -> None:
     second = 10**9
     assert settings.listen.model_dump() == {
         "address": "127.0.0.1:8080",
+        "workers": 1,
         "forwarded": "x-forwarded",
         "head_timeout": 10 * second,
         "idle_timeout": 75 * second,

@@ -19,8 +19,14 @@ from gatekeeper.ratelimit.rules import RateLimit, Rule
 from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.testing import VirtualClock, virtual_store
 from tests.oracles import ORACLES
+from tests.redis_servers import redis_store
+from tests.shared_store import shared_store
 
-STORES: dict[str, Callable[[VirtualClock], Store]] = {"memory": virtual_store}
+STORES: dict[str, Callable[[VirtualClock], Store]] = {
+    "memory": virtual_store,
+    "redis": redis_store,
+    "shared": shared_store,
+}
 
 pytestmark = pytest.mark.parametrize("make", STORES.values(), ids=STORES.keys())
 each_algorithm = pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
@@ -363,6 +369,35 @@ class TestMemory:
         store.ask(Batch(gives=[(one, "new", 3, overflowed)]))
         assert not ask(store, (one, "new", 1))[0].allowed, "what was given back was the shared bucket's"
         assert ask(store, (one, "newer", 3))[0].allowed, "which has room again"
+
+    @each_algorithm
+    def test_the_short_way_of_a_hit_answers_as_the_long_one(self, clock: VirtualClock, algorithm: str) -> None:
+        random = Random(7)
+        store, twin = MemoryStore(max_keys=6, clock=clock), MemoryStore(max_keys=6, clock=clock)
+        one, lowered = limit(4, 60, algorithm=algorithm), limit(3, 60, algorithm=algorithm)
+        hitters = {one: store.hitter(one), lowered: store.hitter(lowered)}
+        receipts: list[tuple[str, object]] = []
+        for step in range(6000):
+            key = f"key{random.randrange(9)}"
+            match random.randrange(40):
+                case 0 | 1 | 2:
+                    clock.advance(random.choice([0.001, 0.9375, 5, 15, 61]))
+                case 3 if receipts:
+                    key, receipt = receipts.pop(random.randrange(len(receipts)))
+                    for each in (store, twin):
+                        each.ask(Batch(gives=[(one, key, 1, receipt)]))
+                case 4:
+                    for each in (store, twin):
+                        each.ask(Batch(resets=[(one, key)]))
+                case _:
+                    which = one if random.randrange(9) else lowered
+                    verdict = hitters[which](key)
+                    assert verdict == ask(twin, (which, key, 1))[0], step
+                    if verdict.receipt is not None:
+                        receipts.append((key, verdict.receipt))
+            receipts = receipts[-20:]
+        store.close()
+        assert hitters[one]("key").remaining == 3
 
     def test_the_count_of_keys_stays_true_over_any_history(self, clock: VirtualClock) -> None:
         random = Random(5)

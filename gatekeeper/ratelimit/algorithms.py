@@ -130,8 +130,14 @@ class SlidingWindow:
         if not spent:
             return state, Verdict(False, limit, limit, 0, NEVER, None)
         oldest = self._oldest(aged)
-        reset = expires - oldest * self._tick_ns - now
-        wait = self._wait(aged >> 48 + self._width, spent, oldest, -left)
+        log = aged >> 48 + self._width
+        free = oldest
+        if spent > limit:  # it was lowered since: what is above it has to leave, too, before more is there
+            free = self._wait(log, spent, oldest, spent - limit + 1)  # type: ignore[assignment]
+        reset = expires - free * self._tick_ns - now
+        if not cost:
+            return aged, Verdict(True, limit, 0, reset, 0, None)
+        wait = self._wait(log, spent, oldest, -left)
         wait = NEVER if wait is None else expires - wait * self._tick_ns - now
         return state, Verdict(False, limit, max(0, limit - spent), reset, wait, None)
 

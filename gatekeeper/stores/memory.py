@@ -24,13 +24,15 @@ class _Shard:
     were not written for at least so long: it is dropped unread, and `fresh` takes its place. Nothing is scanned.
     """
 
-    __slots__ = ("fresh", "lifetime_ns", "stale", "turn")
+    __slots__ = ("fresh", "lifetime_ns", "refusal", "stale", "turn")
 
     def __init__(self, lifetime_ns: int, now: int) -> None:
         self.fresh: dict[str, State] = {}
         self.stale: dict[str, State] = {}
         self.lifetime_ns = lifetime_ns
         self.turn = now + lifetime_ns
+        # The last refusal: the state, until when it stands, the limit, and what is told; see `MemoryStore.hitter`.
+        self.refusal: tuple[State, int, Limit | None, int, int, int, int] = (None, 0, None, 0, 0, 0, 0)
 
 
 class MemoryStore:
@@ -97,6 +99,42 @@ class MemoryStore:
         finally:
             self._release()
         return replies
+
+    def hitter(self, limit: Limit) -> Callable[[str], Verdict]:
+        """A function that asks for one hit of cost 1: what `ask` answers, with nothing looked up on the way.
+
+        A key that is refused again and again is refused from memory: as long as its state is the very same object,
+        nothing was spent, given back or reset since, so what was told stands until more is left.
+        """
+        acquire, release, clock, step = self._acquire, self._release, self._clock, limit.step
+        tables, space = self._tables, limit.space
+
+        def hit(key: str) -> Verdict:
+            acquire()
+            try:
+                now = clock()
+                shards = tables.get(space)
+                if shards is not None:
+                    shard = shards[hash(key) & 63]
+                    state = shard.fresh.get(key)
+                    if state is not None:
+                        refused, until, of, total, left, reset, wait = shard.refusal
+                        if state is refused and now < until and of is limit:
+                            return Verdict(False, total, left, reset - now, wait - now, None)
+                        after, verdict = step(state, now, 1)
+                        if verdict.allowed:
+                            shard.fresh[key] = after
+                        else:
+                            reset, wait = now + verdict.reset_ns, now + verdict.retry_ns
+                            shard.refusal = state, reset, limit, verdict.limit, verdict.remaining, reset, wait
+                        return verdict
+            finally:
+                release()
+            (reply,) = self.ask([(limit, key, 1)])
+            assert isinstance(reply, Verdict)
+            return reply
+
+        return hit
 
     async def aask(self, batch: Hits) -> Replies:
         return self.ask(batch)
