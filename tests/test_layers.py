@@ -18,7 +18,7 @@ FLOORS: Final[dict[str, int]] = {
             "gate ticket",
             "stores proxy",
             "settings storage upkeep keeper limiter decorators",
-            "asgi wsgi testing gateway",
+            "asgi coverage gateway testing wsgi",
             "cli",
         )
     )

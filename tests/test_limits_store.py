@@ -24,7 +24,7 @@ from gatekeeper.commands import Batch, Hits, Store, Verdict
 from gatekeeper.errors import MissingExtra, SettingsError, StoreError
 from gatekeeper.ratelimit.algorithms import NS, Concurrency, Penalty
 from gatekeeper.ratelimit.rules import RateLimit
-from gatekeeper.stores.limits import LimitsStore, MissingDriver, schemes, unsupported, weaker
+from gatekeeper.stores.limits import LimitsStore, MissingDriver, kinds, schemes, unsupported, weaker
 from gatekeeper.testing import VirtualClock
 from tests import test_stores as contract
 from tests.limits_store import PATIENT, Server, serving, stores
@@ -575,7 +575,7 @@ class TestStartUp:
         self, monkeypatch: pytest.MonkeyPatch, url: str, package: str, aio: str
     ) -> None:
         there: set[str] = set()
-        monkeypatch.setattr(module, "_is_there", there.__contains__)
+        monkeypatch.setattr(kinds, "is_there", there.__contains__)
         with pytest.raises(MissingDriver, match=rf"pip install {package}\b"):
             LimitsStore(url)
         if package != aio:

@@ -14,80 +14,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import importlib
-import importlib.util
-import math
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
-import limits.storage
 from limits.aio.storage import Storage as AioStorage
-from limits.storage import Storage, storage_from_string
+from limits.storage import Storage
 
 from gatekeeper.commands import NEVER, Batch, Hits, Limit, Receipt, Replies, Verdict
-from gatekeeper.errors import GatekeeperError, MissingExtra, SettingsError, StoreError
+from gatekeeper.errors import SettingsError, StoreError
+from gatekeeper.stores.limits.counters import COUNTERS, Calls, Counter, Seen, to_ns
+from gatekeeper.stores.limits.kinds import COUNTER, MS, NS, Kind, MissingDriver, schemes
 
-PREFIX: Final = "limits+"
-"""Put before a scheme that another store has (`limits+redis://…`) it means this store."""
+__all__ = ["LimitsStore", "MissingDriver", "schemes", "unsupported", "weaker"]
 
-SCHEMES: Final[Mapping[str, type]] = limits.storage.SCHEMES  # type: ignore[attr-defined]
-"""The storages that `limits` knows, and those that the user registered with it, by the schemes of their URLs."""
-
-_MS: Final = 1_000_000
-_NS: Final = 1_000_000_000
 _LATE: Final = 1.0  # seconds that an answer may be late and still be undone
-_LONGEST: Final = 30 * 86_400  # memcached takes a longer lifetime for a date in 1970
-
-_MOVING, _COUNTER, _FIXED = "moving", "counter", "fixed"
-_ABILITIES: Final = {
-    _MOVING: ("acquire_entry", "get_moving_window"),
-    _COUNTER: ("acquire_sliding_window_entry", "get_sliding_window", "clear_sliding_window"),
-    _FIXED: ("incr", "get", "get_expiry", "clear"),
-}
-_WAYS: Final = {
-    "sliding_window": (_MOVING, _COUNTER),
-    "sliding_counter": (_COUNTER,),
-    "fixed_window": (_FIXED,),
-}
-"""By which strategy of `limits` an algorithm is counted: the first that the storage has."""
-
-_DRIVERS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "memcached": (("pymemcache",), ("memcachio", "emcache")),
-    "mongodb": (("pymongo",), ("motor",)),
-    "redis": (("redis",), ("redis",)),
-    "valkey": (("valkey",), ("valkey",)),
-}
-"""The packages of which one must be there, for blocking and for awaiting."""
-_SECURE: Final = {"rediss": "redis", "valkeys": "valkey"}
-
-Call: TypeAlias = tuple[str, tuple[Any, ...]]
-"""(method of a storage, its arguments)."""
 
 R = TypeVar("R")
-Calls: TypeAlias = Generator[Call, Any, R]
-
-
-class MissingDriver(MissingExtra):
-    """The client library of a storage's server is not installed."""
-
-    def __init__(self, scheme: str, packages: Iterable[str], use: str) -> None:
-        wanted = " (or: ".join(f"pip install {package}" for package in packages)
-        GatekeeperError.__init__(
-            self, f"A {scheme} store needs a client library {use}: {wanted}{')' * ('(' in wanted)}"
-        )
-
-
-def schemes() -> frozenset[str]:
-    """The schemes of the URLs that `limits` knows, with those that the user registered with it."""
-    known = {scheme.removeprefix("async+") for scheme in SCHEMES}
-    return frozenset(known | {PREFIX + scheme for scheme in known})
 
 
 def weaker(url: str) -> list[str]:
@@ -95,7 +42,7 @@ def weaker(url: str) -> list[str]:
 
     Raises SettingsError for a URL that is none of `limits`.
     """
-    kind = _Kind(url)
+    kind = Kind(url)
     lines = [
         "a request that several limits are for is not decided in one step: while others ask at the same time, "
         "it can spend of one limit and be refused by another",
@@ -103,7 +50,7 @@ def weaker(url: str) -> list[str]:
         "each limit of a request is two to four round trips, one after the other",
         "a request that was not answered in time may have been counted",
     ]
-    if kind.way("sliding_window") == _COUNTER:
+    if kind.way("sliding_window") == COUNTER:
         lines.append(
             "sliding_window is counted as sliding_counter: nearly twice the limit can fall into one period"
         )
@@ -131,7 +78,7 @@ def unsupported(url: str, limits: Iterable[Limit]) -> list[str]:
 
     Raises SettingsError for a URL that is none of `limits`.
     """
-    kind = _Kind(url)
+    kind = Kind(url)
     return [f"{limit.space.partition('/')[0]}: {why}" for limit in limits if (why := kind.lacks(limit)) is not None]
 
 
@@ -163,7 +110,7 @@ class LimitsStore:
         prefix: str = "gatekeeper",
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._kind = kind = _Kind(url)
+        self._kind = kind = Kind(url)
         self.local = kind.family == "memory"
         self.timeout = timeout
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", prefix):
@@ -305,7 +252,7 @@ class LimitsStore:
                 try:
                     if time.monotonic() > ends and not self.local:
                         raise TimeoutError
-                    answer = _method(storage, name)(*arguments)
+                    answer = method_of(storage, name)(*arguments)
                 except Exception as error:
                     name, arguments = steps.throw(error)
                 else:
@@ -319,7 +266,7 @@ class LimitsStore:
             name, arguments = next(steps)
             while True:
                 try:
-                    answer = await _method(storage, name)(*arguments)
+                    answer = await method_of(storage, name)(*arguments)
                 except Exception as error:
                     name, arguments = steps.throw(error)
                 else:
@@ -386,7 +333,7 @@ class LimitsStore:
     # The steps of a batch.
 
     def _steps(self, batch: Hits) -> Calls[Replies]:
-        spent: list[tuple[_Counter, int, Receipt]] = []
+        spent: list[tuple[Counter, int, Receipt]] = []
         try:
             if isinstance(batch, Batch):
                 yield from self._undone(batch)
@@ -413,12 +360,12 @@ class LimitsStore:
                 if part <= 0 or (yield from counter.hit(part, seen)) is not None:
                     break
 
-    def _decided(self, batch: Hits, spent: list[tuple[_Counter, int, Receipt]]) -> Calls[Replies]:
+    def _decided(self, batch: Hits, spent: list[tuple[Counter, int, Receipt]]) -> Calls[Replies]:
         """Look at all, then spend of all. What was spent is put into `spent` as it happens."""
         counters = [self._counter(limit, key) for limit, key, _ in batch]
         # The same counter may stand twice: what its first hit spends, its second must see as spent.
-        pending: dict[str, _Seen] = {}
-        seen: list[_Seen] = []
+        pending: dict[str, Seen] = {}
+        seen: list[Seen] = []
         fits: list[bool] = []
         for (_, _, cost), counter in zip(batch, counters, strict=True):
             if counter.name not in pending:
@@ -467,7 +414,7 @@ class LimitsStore:
             ]
         return verdicts
 
-    def _verdict(self, counter: _Counter, cost: int, seen: _Seen, unspent: bool, *, lost: bool = False) -> Verdict:
+    def _verdict(self, counter: Counter, cost: int, seen: Seen, unspent: bool, *, lost: bool = False) -> Verdict:
         """The answer to a hit of what was `seen`. `unspent`: another refused; `lost`: it was refused when spent."""
         amount = counter.amount
         if unspent:
@@ -475,12 +422,12 @@ class LimitsStore:
         left = amount - seen.spent - cost
         if left >= 0 and not lost:
             after = seen.after(cost)
-            return Verdict(True, amount, left, _ns(after.falls(after.spent - 1)), 0, None)
-        reset = _ns(seen.falls(seen.spent - 1))
-        wait = NEVER if cost > amount else max(_MS, _ns(seen.falls(amount - cost)))
+            return Verdict(True, amount, left, to_ns(after.falls(after.spent - 1)), 0, None)
+        reset = to_ns(seen.falls(seen.spent - 1))
+        wait = NEVER if cost > amount else max(MS, to_ns(seen.falls(amount - cost)))
         return Verdict(False, amount, max(0, amount - seen.spent), reset, wait, None)
 
-    def _counter(self, limit: Limit, key: str) -> _Counter:
+    def _counter(self, limit: Limit, key: str) -> Counter:
         why = self._kind.lacks(limit)
         if why is not None:
             raise StoreError(why)
@@ -492,329 +439,11 @@ class LimitsStore:
         digest = hashlib.blake2b(
             f"{len(limit.space)}:{limit.space}{key}".encode("utf-8", "surrogatepass"), digest_size=20
         ).hexdigest()
-        return _COUNTERS[way](f"{self._prefix}:{way}:{digest}", amount, period_ns // _NS, self._kind, self._clock)
+        return COUNTERS[way](f"{self._prefix}:{way}:{digest}", amount, period_ns // NS, self._kind, self._clock)
 
 
-class _Kind:
-    """What can be known of a storage by its URL. Raises SettingsError, whose message never shows the URL."""
-
-    __slots__ = ("_class", "family", "is_unix", "missing", "scheme", "url")
-
-    def __init__(self, url: str) -> None:
-        url = url.removeprefix(PREFIX)
-        try:
-            self.scheme = scheme = urlsplit(url).scheme
-        except ValueError:
-            scheme = ""
-        if scheme not in SCHEMES or scheme.startswith("async+"):
-            expected = ", ".join(sorted(f"{known}://" for known in schemes() if not known.startswith(PREFIX)))
-            raise SettingsError([f"store.url: expected the URL of a storage of `limits`, one of {expected}"])
-        self.url = url
-        self._class = SCHEMES[scheme]
-        first = scheme.partition("+")[0]
-        first = _SECURE.get(first, first)
-        self.family = first if first in (*_DRIVERS, "memory") else "other"
-        if self._class.__module__.partition(".")[0] != "limits":
-            self.family = "other"  # registered by the user, perhaps in the place of one of `limits`
-        self.is_unix = self.family == "memcached" and bool(urlsplit(url).path)
-        if not self.is_unix and (self.family == "memcached" or scheme.endswith(("+cluster", "+sentinel"))):
-            # It would be told with the URL in the message.
-            locations = urlsplit(url).netloc.rpartition("@")[2].split(",")
-            if not all(
-                re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+):[0-9]{1,5}", one.strip()) for one in locations
-            ):
-                raise SettingsError([f"store.url: expected {scheme}://HOST:PORT, with more of them after commas"])
-        self.missing = tuple(
-            () if any(_is_there(package) for package in packages) else packages
-            for packages in _DRIVERS.get(self.family, ((), ()))
-        )
-        """The packages of which one is needed, for blocking and for awaiting; empty if one is there."""
-
-    def way(self, kind: str) -> str | None:
-        """By which strategy an algorithm is counted here; None if by none."""
-        for way in _WAYS.get(kind, ()):
-            if all(hasattr(self._class, name) for name in _ABILITIES[way]):
-                return way
-        return None
-
-    def lacks(self, limit: Limit) -> str | None:
-        """Why a limit cannot be counted here; None if it can."""
-        way = self.way(limit.kind)
-        if way is None:
-            counted = " or ".join(kind for kind in _WAYS if self.way(kind) is not None)
-            return f"expected {counted} in a {self.scheme} store, which cannot count {limit.kind}"
-        period = limit.numbers[1] // _NS
-        longest = _LONGEST // (2 if way == _COUNTER else 1)
-        if self.family == "memcached" and period > longest:
-            return f"expected a period of at most {longest // 86_400} days for {limit.kind} in memcached"
-        return None
-
-    def make(self, timeout: float, options: Mapping[str, Any], *, awaiting: bool) -> Any:
-        """The storage. It may connect. Raises whatever its client library does."""
-        ours = self._our_options(timeout, options, awaiting=awaiting)
-        return storage_from_string(f"{'async+' if awaiting else ''}{self.url}", **{**ours, **options})
-
-    def _our_options(self, timeout: float, options: Mapping[str, Any], *, awaiting: bool) -> dict[str, Any]:
-        """How a client library is told not to wait for long, and not to try again by itself."""
-        family = self.family
-        if family == "memcached":
-            if not awaiting:
-                waits = dict.fromkeys(("connect_timeout", "timeout"), timeout)
-                return {"no_delay": True, "client_getter": _shared_client(), **waits}
-            chosen = options.get("implementation")
-            if chosen == "emcache" or (chosen is None and not _is_there("memcachio")):
-                return {"implementation": "emcache", "timeout": timeout}
-            waits = dict.fromkeys(("connect_timeout", "read_timeout", "blocking_timeout"), timeout)
-            return {"socket_nodelay": True, **waits}
-        if family == "mongodb":
-            return {"timeoutMS": max(1, round(timeout * 1000))}
-        if family in ("redis", "valkey"):
-            # Not `coredis`, its default: since its sixth version that answers only within an `async with`.
-            chosen = options.get("implementation", "redispy" if family == "redis" else family)
-            if chosen == "coredis":
-                return {}
-            library = chosen.removesuffix("py") if awaiting else family
-            retry = importlib.import_module(f"{library}.asyncio.retry" if awaiting else f"{library}.retry")
-            never = importlib.import_module(f"{library}.backoff").NoBackoff()
-            waits = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), timeout)
-            ours = {"implementation": chosen} if awaiting else {}
-            return {"retry": retry.Retry(never, 0), **ours, **waits}
-        return {}
-
-
-def _is_there(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _ns(seconds: float) -> int:
-    """Nanoseconds, a millisecond rounded up: storages hand times on with fewer digits than they compare."""
-    return math.ceil(seconds * _NS) + _MS if seconds > 0 else 0
-
-
-def _shared_client() -> Callable[..., Any]:
-    """One pool of connections for all threads. `limits` makes one a thread, and nobody closes those."""
-    lock, made = Lock(), list[Any]()
-
-    def client(module: Any, hosts: list[Any], **options: Any) -> Any:
-        with lock:
-            if not made:
-                several = len(hosts) > 1
-                make = partial(module.HashClient, use_pooling=True) if several else module.PooledClient
-                made.append(make(hosts if several else hosts[0], **options))
-            return made[0]
-
-    return client
-
-
-def _method(storage: Any, name: str) -> Callable[..., Any]:
+def method_of(storage: Any, name: str) -> Callable[..., Any]:
     if name == "decr" and not hasattr(storage, name):
         # memcached's is a method of the client. (It does not go below nothing, as that of memory does not.)
         storage = storage.bridge if hasattr(storage, "bridge") else storage.storage
     return getattr(storage, name)  # type: ignore[no-any-return]
-
-
-class _Seen(Protocol):
-    """What a look at a counter showed."""
-
-    spent: int
-    """Units spent and still counting, rounded down as the storage does."""
-
-    def after(self, cost: int) -> _Seen:
-        """As it will be once `cost` more are spent."""
-
-    def falls(self, target: int) -> float:
-        """Seconds until at most `target` units count, if nothing else comes; 0.0 if no more do."""
-
-
-class _Counter:
-    """One key of one limit. What it yields are calls of a storage."""
-
-    __slots__ = ("_clock", "_kind", "amount", "name", "period")
-
-    def __init__(self, name: str, amount: int, period: int, kind: _Kind, clock: Callable[[], float]) -> None:
-        self.name = name
-        self.amount = amount
-        self.period = period
-        self._kind = kind
-        self._clock = clock
-
-    def look(self) -> Calls[_Seen]:
-        raise NotImplementedError
-
-    def hit(self, cost: int, seen: Any) -> Calls[Receipt | None]:
-        """Spend, if there is room for all of it: then a receipt, else None."""
-        raise NotImplementedError
-
-    def give(self, cost: int, receipt: Receipt) -> Calls[None]:
-        raise NotImplementedError
-
-    def reset(self) -> Calls[None]:
-        yield "clear", (self.name,)
-
-
-class _MovingSeen:
-    __slots__ = ("_oldest", "_period", "spent")
-
-    def __init__(self, spent: int, oldest: float, period: int) -> None:
-        self.spent = spent
-        self._oldest = oldest  # seconds until the oldest hit leaves the window
-        self._period = period
-
-    def after(self, cost: int) -> _MovingSeen:
-        return _MovingSeen(self.spent + cost, self._oldest if self.spent else self._period, self._period)
-
-    def falls(self, target: int) -> float:
-        if target < 0 or target >= self.spent:
-            return 0.0
-        # The storage tells the time of the oldest hit alone: for more than one unit only the bound is known.
-        return self._oldest if target == self.spent - 1 else self._period
-
-
-class _Moving(_Counter):
-    """The moving window: a log of all hits, and so never more than the limit in any window.
-
-    Entries cannot be taken out again: a give-back does nothing.
-    """
-
-    __slots__ = ()
-
-    def look(self) -> Calls[_MovingSeen]:
-        start, spent = yield "get_moving_window", (self.name, self.amount, self.period)
-        oldest = min(max(0.0, start + self.period - self._clock()), self.period) if spent else 0.0
-        return _MovingSeen(spent, oldest, self.period)
-
-    def hit(self, cost: int, seen: _MovingSeen) -> Calls[Receipt | None]:
-        return _MOVING if (yield "acquire_entry", (self.name, self.amount, self.period, cost)) else None
-
-    def give(self, cost: int, receipt: Receipt) -> Calls[None]:
-        yield from ()
-
-
-class _CounterSeen:
-    __slots__ = ("_before", "_before_ends", "_ends", "_here", "_period", "spent")
-
-    def __init__(self, before: int, before_ends: float, here: int, ends: float, period: int) -> None:
-        self._before = before
-        self._before_ends = before_ends  # seconds until the window before this one counts no more
-        self._here = here
-        self._ends = ends  # seconds until this window counts no more
-        self._period = period
-        self.spent = math.floor(before * before_ends / period + here)
-
-    @property
-    def left(self) -> float:
-        """Seconds until this window is the one before."""
-        return max(0.0, self._ends - self._period)
-
-    def after(self, cost: int) -> _CounterSeen:
-        ends = self._ends if self._here or self._before else max(self._ends, self._period)
-        return _CounterSeen(self._before, self._before_ends, self._here + cost, ends, self._period)
-
-    def falls(self, target: int) -> float:
-        if target < 0 or target >= self.spent:
-            return 0.0
-        period, here, below = self._period, self._here, target + 1  # it is rounded down: it must fall below this
-        if here < below:
-            return self._before_ends - (below - here) * period / self._before
-        return self.left + period * (1 - below / here)
-
-
-class _SlidingCounter(_Counter):
-    """The sliding window counter: two windows, of which the earlier counts by how much of it is in view."""
-
-    __slots__ = ()
-
-    def look(self) -> Calls[_CounterSeen]:
-        before, before_ends, here, ends = yield "get_sliding_window", (self.name, self.period)
-        # Where the windows begin with the first hit, there is none before it.
-        return _CounterSeen(before, before_ends, here, ends or 2 * self.period, self.period)
-
-    def hit(self, cost: int, seen: _CounterSeen) -> Calls[Receipt | None]:
-        began = self._clock()
-        if not (yield "acquire_sliding_window_entry", (self.name, self.amount, self.period, cost)):
-            return None
-        ended = self._clock()
-        # Where the end of the window fell into the call, which window was charged is not known: it stays charged.
-        if self._is_aligned:
-            at = began if int(began / self.period) == int(ended / self.period) else 0.0
-        else:
-            at = began + seen.left if ended < began + seen.left else 0.0
-        return at
-
-    def give(self, cost: int, receipt: Receipt) -> Calls[None]:
-        if not receipt:
-            return
-        if self._is_aligned:
-            # As `limits.storage.base.TimestampedSlidingWindow` names a window; it is an int in the name.
-            yield "decr", (f"{self.name}/{int(receipt / self.period)}", cost)
-        elif self._kind.family in ("redis", "valkey", "mongodb"):
-            seen = yield from self.look()
-            ends = self._clock() + seen.left
-            if seen._here >= cost and abs(ends - receipt) < self.period / 4:
-                # A negative amount is added like any other; the limit is set so high that none is refused.
-                yield "acquire_sliding_window_entry", (self.name, 1 << 31, self.period, -cost)
-
-    def reset(self) -> Calls[None]:
-        yield "clear_sliding_window", (self.name, self.period)
-
-    @property
-    def _is_aligned(self) -> bool:
-        """Whether windows begin at multiples of the period, rather than with a key's first hit."""
-        return self._kind.family in ("memory", "memcached")
-
-
-class _FixedSeen:
-    __slots__ = ("_ends", "_period", "spent")
-
-    def __init__(self, spent: int, ends: float, period: int) -> None:
-        self.spent = spent
-        self._ends = ends
-        self._period = period
-
-    @property
-    def left(self) -> float:
-        """Seconds until the window ends, or one that begins now."""
-        return self._ends if self.spent else self._period
-
-    def after(self, cost: int) -> _FixedSeen:
-        return _FixedSeen(self.spent + cost, self.left, self._period)
-
-    def falls(self, target: int) -> float:
-        return self._ends if 0 <= target < self.spent else 0.0
-
-
-class _Fixed(_Counter):
-    """The fixed window: it begins with a key's first hit."""
-
-    __slots__ = ()
-
-    def look(self) -> Calls[_FixedSeen]:
-        spent = max(0, (yield "get", (self.name,)))
-        left = 0.0
-        if spent:
-            left = (yield "get_expiry", (self.name,)) - self._clock()
-            if self._kind.family in ("redis", "valkey"):
-                left += 0.5  # it is told in whole seconds, rounded to the nearest
-            if left <= 0:
-                left = self.period  # not known: memcached keeps it under a key of its own, which may be gone
-        return _FixedSeen(spent, min(left, self.period), self.period)
-
-    def hit(self, cost: int, seen: _FixedSeen) -> Calls[Receipt | None]:
-        ends = self._clock() + seen.left
-        if (yield "incr", (self.name, self.period, cost)) <= self.amount:
-            return ends
-        yield from self.give(cost, ends)  # others took of it since it was looked at
-        return None
-
-    def give(self, cost: int, receipt: Receipt) -> Calls[None]:
-        if self._clock() >= receipt:
-            return
-        if self._kind.family in ("memory", "memcached"):
-            yield "decr", (self.name, cost)
-        elif self._kind.family in ("redis", "valkey", "mongodb"):
-            left = yield "incr", (self.name, self.period, -cost)
-            if left < 0:  # the window had ended, or was reset: what it did not hold is put back
-                yield "incr", (self.name, self.period, -left)
-
-
-_COUNTERS: Final[Mapping[str, type[_Counter]]] = {_MOVING: _Moving, _COUNTER: _SlidingCounter, _FIXED: _Fixed}
