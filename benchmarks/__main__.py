@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Final, TextIO
 
-from benchmarks import asgi, gateway, gateway_memory, hashing, limiter, memory, redis, throttled, wsgi
+from benchmarks import asgi, gateway, gateway_memory, hashing, limiter, memory, redis, shared, throttled, wsgi
 from benchmarks.measure import Progress, Result, Row, Skipped, Unfit
 from gatekeeper import __version__
 
@@ -23,6 +23,7 @@ BENCHMARKS: Final[dict[str, Callable[[bool, Progress], Result]]] = {
     "limiter": limiter.run,
     "throttled": throttled.run,
     "memory": memory.run,
+    "shared": shared.run,
     "redis": redis.run,
     "asgi": asgi.run,
     "wsgi": wsgi.run,
