@@ -53,8 +53,8 @@ class GatekeeperMiddleware:
             if ticket.outer.under(gate) is not None:
                 await self.app(scope, receive, send)  # the same policy stands around us already
                 return
-        ticket.incoming = receive
         if keeper.awaits or gate.reads_body:
+            ticket.incoming = receive
             ticket.refused = await arun(gate.admit(ticket), keeper.aask, ticket.read)
             if ticket.replay:
                 receive = ticket.receive
@@ -67,6 +67,7 @@ class GatekeeperMiddleware:
             return
         scope["gatekeeper"] = ticket
         if kind == "websocket" and (rules := gate.message_rules(ticket)):
+            ticket.incoming = receive
             receive = _Messages(keeper, ticket, rules).receive
         token = CURRENT.set(ticket) if IN_USE else None
         try:

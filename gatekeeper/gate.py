@@ -178,7 +178,7 @@ class Gate:
         The result is for `Ticket.refused`: 0, or the status to refuse the request with.
         """
         rules = self._begin(ticket)
-        if self._access is not None and not ticket.spared and self._identity.ip(ticket) in self._access.deny:
+        if self._access is not None and self._look_up(ticket):
             return 403
         if self._hashes_user:
             yield from self._ask_user(ticket)
@@ -247,23 +247,30 @@ class Gate:
 
     def identify(self, ticket: Ticket) -> None:
         """Begin a request: who is asking. `admit` does it; a guard of a request that nobody admitted must."""
+        self._begin(ticket)
+        self._look_up(ticket)
+
+    def _begin(self, ticket: Ticket) -> tuple[Rule, ...]:
+        """Identify the client; the rules that match."""
         ticket.gate = self
         # On the instance, for what only its class has takes longer to read, and these are read for each message.
         ticket.replaced, ticket.is_open, ticket.hits = False, False, ()
         # A client that is its own peer, and was seen before, is one look-up.
         ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
-        if self._access is not None:
-            ticket.spared = self._identity.ip(ticket) in self._access.allow
-
-    def _begin(self, ticket: Ticket) -> tuple[Rule, ...]:
-        """Identify the client; the rules that match."""
-        self.identify(ticket)
         rules = self._always or self._table.match(ticket)
         if self._overrides:
             rules = self._remaining(rules)
         if rules and ticket.method == "OPTIONS" and _is_preflight(ticket):
             rules = tuple(rule for rule in rules if rule.preflights)
         return rules
+
+    def _look_up(self, ticket: Ticket) -> bool:
+        """Whether the client's network is denied; the ticket learns whether it is allowed, which outweighs that."""
+        if self._access is None:
+            return False
+        ip = self._identity.ip(ticket)
+        ticket.spared = ip in self._access.allow
+        return not ticket.spared and ip in self._access.deny
 
     def _remaining(self, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
         """Rules without those that another of them overrides."""
