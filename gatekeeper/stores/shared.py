@@ -1,7 +1,7 @@
 """Counters that the processes of one machine share, in LMDB on memory-backed files: exact, and with no server.
 
 A batch is one write transaction, so it is atomic over processes, and a process killed in the middle of it has done
-nothing. There are no read transactions: a reader holds on to old pages, and one that died or stopped for long.
+nothing. There are no read transactions: a reader holds on to old pages, and for as long as it stands still.
 
 A folder has four files. `gatekeeper.boot` says for which boot and in which layout the counters were written, and
 is locked while the others are opened or made; `gatekeeper.mdb` and `gatekeeper.mdb-lock` are LMDB's, and
@@ -653,6 +653,7 @@ class _Files:
                             env = self._environment()
                 if env is None:
                     os.ftruncate(boot, 0)
+                    os.pwrite(boot, bytes(len(wanted)), 0)  # so that there is room for it at the end
                     env = self._made()
                     os.pwrite(boot, wanted, 0)
         except OSError as error:
