@@ -157,7 +157,7 @@ class TestProcesses:
     ) -> None:
         store, one = opened(), limit(10)
         files = store._files
-        assert isinstance(files, shared._Files)
+        assert isinstance(files, shared.files.Files)
         inside, leave = threading.Event(), threading.Event()
 
         def hold() -> None:
@@ -168,7 +168,7 @@ class TestProcesses:
         thread = threading.Thread(target=hold)
         thread.start()
         inside.wait(60)
-        monkeypatch.setattr(shared, "_FORK_PATIENCE", 0.1)
+        monkeypatch.setattr(shared.files, "_FORK_PATIENCE", 0.1)
         try:
             assert forked(lambda: isinstance(store.ask([(one, "key", 1)])[0], StoreError))
         finally:
@@ -211,7 +211,7 @@ class TestProcesses:
                 process.kill()
                 process.wait(60)
                 files = store._files
-                assert isinstance(files, shared._Files)
+                assert isinstance(files, shared.files.Files)
                 assert files._env is not None
                 assert "no active" not in files._env.readers()
                 clock.advance(pause)
@@ -275,7 +275,7 @@ class TestHeads:
     @pytest.fixture
     def data(self, path: Path, opened: Open) -> Iterator[memoryview]:
         files = opened(clock=VirtualClock())._files
-        assert isinstance(files, shared._Files)
+        assert isinstance(files, shared.files.Files)
         assert files._env is not None
         self.PAGE = files._env.stat()["psize"]
         with (path / "gatekeeper.mdb").open("r+b") as file, mmap.mmap(file.fileno(), 2 * self.PAGE) as data:
@@ -347,17 +347,17 @@ class TestHeads:
         root = bytes(data[place + 120 : place + 136])
         ask(store, (one, "key", 1))
         data[place + 120 : place + 136] = root
-        for files in list(shared._OPEN.values()):
+        for files in list(shared.files.OPEN.values()):
             files.forked(True)  # let go, as in a child
         assert used(store, one) == 4
 
     def test_a_file_of_an_unknown_format_is_written_by_system_calls(
         self, opened: Open, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(shared._Heads, "_KNOWN", (0, 0))
+        monkeypatch.setattr(shared.heads.Heads, "_KNOWN", (0, 0))
         store, one = opened(), limit(2)
         files = store._files
-        assert isinstance(files, shared._Files)
+        assert isinstance(files, shared.files.Files)
         assert files._env is not None
         assert not files._env.flags()["writemap"]
         assert [ask(store, (one, "key", 1))[0].allowed for _ in range(3)] == [True, True, False]
@@ -428,8 +428,8 @@ class TestFiles:
         store.close()
         assert not ask(opened(), (one, "key", 1))[0].allowed
         opened().close()
-        monkeypatch.setattr(shared, "boot_id", lambda: "another")
-        for files in list(shared._OPEN.values()):
+        monkeypatch.setattr(shared.files, "boot_id", lambda: "another")
+        for files in list(shared.files.OPEN.values()):
             files.forked(True)  # let go, as in a child
         assert ask(opened(), (one, "key", 1))[0].allowed
         assert not ask(opened(), (one, "key", 1))[0].allowed
@@ -445,7 +445,7 @@ class TestFiles:
             from gatekeeper.ratelimit.rates import Rate
             from gatekeeper.ratelimit.rules import Rule
             from gatekeeper.stores import shared
-            shared.SCHEMA = 2
+            shared.files.SCHEMA = 2
             store = shared.SharedStore(sys.argv[1], size=1 << 20)
             print(bool(store.ask([(Rule("rule", [Rate(1, 86_400)]).limits[0], "key", 1)])[0]))
         """
@@ -560,9 +560,9 @@ class TestFiles:
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path.mkdir(0o700)
-        monkeypatch.setattr(shared, "_PATIENCE", 0.05)
+        monkeypatch.setattr(shared.files, "_PATIENCE", 0.05)
         with (path / "gatekeeper.boot").open("w") as boot:
-            assert shared._is_locked(boot.fileno())
+            assert shared.files.is_locked(boot.fileno())
             with pytest.raises(StoreError, match="another process has been opening it"):
                 SharedStore(path, size=SIZE)
 
@@ -804,9 +804,9 @@ class TestErrors:
         store, one = opened(), limit(2)
         ask(store, (one, "key", 1))
         files = store._files
-        assert isinstance(files, shared._Files)
+        assert isinstance(files, shared.files.Files)
 
-        def broken(db: None, parent: None, write: bool) -> shared.Transaction:
+        def broken(db: None, parent: None, write: bool) -> shared.heads.Transaction:
             raise errors.pop()
 
         errors: list[lmdb.Error] = [lmdb.PanicError("mdb_txn_begin"), lmdb.DiskError("mdb_txn_begin")]
