@@ -677,6 +677,7 @@ def test_networks_of_files_are_watched_by_one_thread_and_in_a_forked_process_by_
         ([{"penalty": {"ban": "2d"}}], "penalty: expected ban within at_most"),
         ([{"concurrency": 3}], "rate: does not go with concurrency"),
         ([{"lease": "5m"}], "lease: goes with concurrency alone"),
+        ([{"rate": "1/10 years", "burst": 10**9}], "expected a burst that is refilled within 100 years"),
         ([{"tier": "user", "tiers": {"a": "none"}}], "expected a rate: an amount"),
         ([{"settle": "bits"}], 'settle: expected "app", "bytes" or "header:NAME"'),
         ([{"exempt": "10.0.0.1/8"}], "exempt: expected networks"),

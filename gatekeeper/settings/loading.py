@@ -30,6 +30,9 @@ MOST_PROBLEMS: Final = 1000
 MOST_POINTS: Final = 1_000_000
 """The greatest ring of a pool. A point takes some tens of bytes, and about a microsecond at the start."""
 
+LONGEST_FILLING: Final = 100 * 360 * 86_400
+"""So many seconds a bucket may take to be full again."""
+
 GREATEST_FILE: Final = 4 * 1024 * 1024
 """The greatest settings file, in bytes."""
 
@@ -129,6 +132,10 @@ def _misfit_limit(limit: Mapping[str, Any], rates: tuple[Rate, ...]) -> Iterator
         yield ": a burst goes with gcra alone"
     tiers = limit.get("tiers")
     all_rates = [rates, *(_rates_of(one) for one in (tiers.values() if isinstance(tiers, Mapping) else ()))]
+    if type(burst) is int and any(
+        rate.period * burst > rate.amount * LONGEST_FILLING for one in all_rates for rate in one
+    ):
+        yield ": expected a burst that is refilled within 100 years"
     if burst is not None and any(len(one) > 1 for one in all_rates):
         yield ": expected one rate beside a burst: it is the capacity of one bucket"
     rooms = [rate.amount for one in all_rates for rate in one] if burst is None else [burst or cost]
