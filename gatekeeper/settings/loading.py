@@ -132,8 +132,10 @@ def _misfit_limit(limit: Mapping[str, Any], rates: tuple[Rate, ...]) -> Iterator
         yield ": a burst goes with gcra alone"
     tiers = limit.get("tiers")
     all_rates = [rates, *(_rates_of(one) for one in (tiers.values() if isinstance(tiers, Mapping) else ()))]
-    if type(burst) is int and any(
-        rate.period * burst > rate.amount * LONGEST_FILLING for one in all_rates for rate in one
+    if (
+        type(burst) is int
+        and burst <= 10**9
+        and any(rate.period * burst > rate.amount * LONGEST_FILLING for one in all_rates for rate in one)
     ):
         yield ": expected a burst that is refilled within 100 years"
     if burst is not None and any(len(one) > 1 for one in all_rates):
