@@ -15,7 +15,19 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Final, TextIO
 
-from benchmarks import asgi, gateway, gateway_memory, hashing, limiter, memory, redis, shared, throttled, wsgi
+from benchmarks import (
+    asgi,
+    django,
+    gateway,
+    gateway_memory,
+    hashing,
+    limiter,
+    memory,
+    redis,
+    shared,
+    throttled,
+    wsgi,
+)
 from benchmarks.measure import Progress, Result, Row, Skipped, Unfit
 from gatekeeper import __version__
 
@@ -27,6 +39,7 @@ BENCHMARKS: Final[dict[str, Callable[[bool, Progress], Result]]] = {
     "redis": redis.run,
     "asgi": asgi.run,
     "wsgi": wsgi.run,
+    "django": django.run,
     "gateway": gateway.run,
     "gateway_memory": gateway_memory.run,
     "hashing": hashing.run,

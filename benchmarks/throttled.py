@@ -2,8 +2,8 @@
 
 Its test suite measures `Throttled.limit("/ping", cost=1)` with each of its algorithms, 100,000 times in turn and
 from a pool of eight threads. Ours is `Limiter.hit` with the algorithm that promises the same, or more; what it
-calls a leaking bucket and a token bucket are one to us (`gcra`). Most answers are refusals, as in its cases. What the
-threads of the pool cost is the same on both sides and part of both.
+calls a leaking bucket and a token bucket are one to us (`gcra`). Most answers are refusals, as in its cases. What
+the threads of the pool cost is the same on both sides and part of both.
 """
 
 from __future__ import annotations

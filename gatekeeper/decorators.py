@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, ref
 
 from gatekeeper.commands import Steps, Verdict, arun, run
 from gatekeeper.errors import Limited, SettingsError
-from gatekeeper.gate import Gate
+from gatekeeper.gate import Gate, is_preflight
 from gatekeeper.ratelimit.algorithms import NS
 from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import LimitSettings, is_asynchronous, load_settings
@@ -77,7 +77,12 @@ class Guard:
         return rule
 
     def charge(self, ticket: Ticket, rule: Rule) -> Steps[int]:
-        """Charge a request. 0, or the status to refuse it with, which the ticket's `refused` is then, too."""
+        """Charge a request. 0, or the status to refuse it with, which the ticket's `refused` is then, too.
+
+        CORS preflights are free, unless the rule says that they are not.
+        """
+        if ticket.method == "OPTIONS" and not rule.preflights and is_preflight(ticket):
+            return 0
         gate = cast(Gate, ticket.gate)
         status = yield from gate.extend(ticket, (rule,))
         if status:

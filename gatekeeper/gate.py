@@ -228,6 +228,28 @@ class Gate:
         verdicts: Replies = yield hits
         return (yield from self._settle(ticket, rules, hits, verdicts))
 
+    def extend_at_once(self, ticket: Ticket, rule: Rule, ask: Callable[[Hits], Replies]) -> bool:
+        """`extend` by one plain rule, for a store that does not wait, as `admit_at_once` is `admit`.
+
+        False where it is not so simple: then nothing was spent, and `extend` has to decide.
+        """
+        if not rule.is_plain or rule.asks or ticket.spared or self.off:
+            return False
+        key = ticket.address if rule.by_address else rule.key(ticket)
+        limits, cost = rule.limits, rule.cost
+        hits: Any = [(limits[0], key, cost)] if len(limits) == 1 else [(limit, key, cost) for limit in limits]
+        verdicts: Any = ask(hits)
+        for verdict in verdicts:
+            if not verdict.allowed:
+                return False
+        if ticket.hits:
+            ticket.rules = (*ticket.rules, rule)
+            ticket.hits = [*ticket.hits, *hits]
+            ticket.verdicts = [*ticket.verdicts, *verdicts]
+        else:
+            ticket.rules, ticket.hits, ticket.verdicts = (*ticket.rules, rule), hits, verdicts
+        return True
+
     def message_rules(self, ticket: Ticket) -> tuple[Rule, ...]:
         """The rules for the messages that a client sends within a WebSocket; `ticket` is its handshake's."""
         return () if self.off or ticket.spared else self._messages.match(ticket)
@@ -260,7 +282,7 @@ class Gate:
         rules = self._always or self._table.match(ticket)
         if self._overrides:
             rules = self._remaining(rules)
-        if rules and ticket.method == "OPTIONS" and _is_preflight(ticket):
+        if rules and ticket.method == "OPTIONS" and is_preflight(ticket):
             rules = tuple(rule for rule in rules if rule.preflights)
         return rules
 
@@ -589,6 +611,6 @@ def _folded(text: str | None) -> str | None:
     return None if text is None else text.strip().casefold()
 
 
-def _is_preflight(request: Request) -> bool:
+def is_preflight(request: Request) -> bool:
     """A browser asks whether a script may send a request (Fetch standard, CORS-preflight)."""
     return request.field("origin") is not None and request.field("access-control-request-method") is not None

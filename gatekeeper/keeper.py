@@ -140,7 +140,7 @@ class Gatekeeper:
 
     def finish(self, ticket: Ticket) -> None:
         """End a request or a call: once, when its outcome is known. The ticket's `sent` and `ended` tell it."""
-        run(self.gate.finish(ticket), self.ask)
+        run(cast(Gate, ticket.gate).finish(ticket), self.ask)
 
     async def afinish(self, ticket: Ticket) -> None:
         """As `finish`, awaiting the store; it is carried out though the task that awaits it is cancelled."""
@@ -148,7 +148,7 @@ class Gatekeeper:
             self.finish(ticket)
         elif ticket.is_open:
             # In a task that was cancelled an await is lost, so this is a task of its own.
-            task = asyncio.ensure_future(arun(self.gate.finish(ticket), self.aask))
+            task = asyncio.ensure_future(arun(cast(Gate, ticket.gate).finish(ticket), self.aask))
             self._finishing.add(task)
             task.add_done_callback(self._finishing.discard)
             await asyncio.shield(task)

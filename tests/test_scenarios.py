@@ -27,6 +27,7 @@ from gatekeeper.gateway.worker import front_of
 from gatekeeper.proxy.listener import Listener
 from gatekeeper.testing import VirtualClock, virtual_store
 from gatekeeper.wsgi import GatekeeperMiddleware as WsgiMiddleware
+from tests.django_home import django_asgi, django_wsgi
 from tests.scenarios import SCENARIOS, Answer, Ask, Home, Response, Scenario, Then
 
 COOKIES = [("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
@@ -284,10 +285,16 @@ both. The gateway removes them, and its upstreams see what its rules saw.
 @pytest.fixture(scope="module")
 def homes() -> Iterator[Mapping[str, Home]]:
     with Engine() as engine:
-        yield {"asgi": asgi, "wsgi": wsgi, "gateway": engine.gateway}
+        yield {
+            "asgi": asgi,
+            "wsgi": wsgi,
+            "gateway": engine.gateway,
+            "django_asgi": django_asgi,
+            "django_wsgi": django_wsgi,
+        }
 
 
-@pytest.mark.parametrize("home", ["asgi", "wsgi", "gateway"])
+@pytest.mark.parametrize("home", ["asgi", "wsgi", "gateway", "django_asgi", "django_wsgi"])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.says)
 # wsgiref.validate does not know the method `post`, which servers pass on
 @pytest.mark.filterwarnings("ignore:Unknown REQUEST_METHOD")

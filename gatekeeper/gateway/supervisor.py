@@ -96,8 +96,8 @@ class _Parent:
         self._servers = servers
         self._address = address
         self._store = store
-        # A worker by our end of a pair of sockets: it learns from its own when we die, and tells through it that it is
-        # ready.
+        # A worker by our end of a pair of sockets: it learns from its own when we die, and tells through it that it
+        # is ready.
         self._workers: dict[socket.socket, subprocess.Popen[bytes]] = {}
         self._signals = 0
 

@@ -1,0 +1,1 @@
+"""A shop whose views cost something."""
