@@ -73,6 +73,9 @@ def _app() -> "typer.Typer":
             check_store(keeper.settings.store, keeper.limits())
         except SettingsError as error:
             wrong(error)
+        except MissingExtra as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(2) from None
         for line in _told(keeper):
             tell(line)
         for warning in warnings(keeper.settings):
@@ -117,7 +120,9 @@ def _app() -> "typer.Typer":
             keeper = Gatekeeper(file)
             if isinstance(keeper.store, MemoryStore):
                 raise SettingsError(
-                    ["store.url: expected a store that processes share: this one is another's memory"]
+                    [
+                        "store.url: expected a url of a store that processes share, such as shared:///dev/shm/gatekeeper"
+                    ]
                 )
         except SettingsError as error:
             wrong(error)
@@ -126,8 +131,10 @@ def _app() -> "typer.Typer":
             raise typer.Exit(2) from None
         try:
             if lift is not None:
-                keeper.lift(*lift)
-                return
+                if keeper.lift(*lift):
+                    return
+                typer.echo("the key is not banned", err=True)
+                raise typer.Exit(1)
             for ban in keeper.bans():
                 tell(f"{ban.rule} {ban.seconds:.0f} {ban.key}")
         except KeyError as error:

@@ -510,7 +510,7 @@ class Gate:
         if manner.body is not None:
             kind, body = own_body(manner, violated, retry, status)
         else:
-            banned = any(charge.limit.kind == "penalty" for charge in refused)
+            banned = status == 429 and any(charge.limit.kind == "penalty" for charge in refused)
             problem = wants_problem(ticket.field("accept"))
             kind, body = refusal_body(violated, retry, status=status, problem=problem, banned=banned)
         refusal = Refusal(status, common_fields(retry, kind, body) + self.respond(ticket), body)

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast
 from weakref import WeakSet
 
 from gatekeeper import decorators
-from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, arun, run
+from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, Verdict, arun, run
 from gatekeeper.errors import SettingsError, StoreError
 from gatekeeper.gate import Access, Destination, Gate
 from gatekeeper.http.message import Request
@@ -82,6 +82,7 @@ class Gatekeeper:
     ) -> None:
         self.settings = load_settings(settings)
         self._files = NetworkFiles(self.settings.access.reload / 1e9, _LOG.warning)
+        self._is_failing = False
         self._finishing: set[asyncio.Task[None]] = set()
         self._leases = Leases(self._ask_any)
         self.gate = self._gate = _gate(self.settings, self._files, self._leases, workers)
@@ -188,32 +189,62 @@ class Gatekeeper:
             found += _banned(limit, keys, await self.store.aask(_looks(limit, keys)))
         return found
 
-    def lift(self, rule: str, key: str) -> None:
-        """Lift the ban of a key, as `bans` lists it, and forget its strikes.
+    def lift(self, rule: str, key: str) -> bool:
+        """Lift the ban of a key, as `bans` lists it: its strikes are forgotten, and its quota is whole again.
 
-        Raises KeyError for a rule without a penalty.
+        Whether it was banned. Raises KeyError for a rule without a penalty, StoreError.
         """
-        self.store.ask(self._lifting(rule, key))
+        looks, batch = self._lifting(rule, key)
+        before = self.store.ask(looks)
+        self.store.ask(batch)
+        return _were_banned(before)
 
-    async def alift(self, rule: str, key: str) -> None:
+    async def alift(self, rule: str, key: str) -> bool:
         """As `lift`, awaiting the store."""
-        await self.store.aask(self._lifting(rule, key))
+        looks, batch = self._lifting(rule, key)
+        before = await self.store.aask(looks)
+        await self.store.aask(batch)
+        return _were_banned(before)
 
-    def _lifting(self, rule: str, key: str) -> Batch:
+    def _lifting(self, rule: str, key: str) -> tuple[Batch, Batch]:
         limits = [limit for limit in self._punishing if limit.rule.name == rule]
         if not limits:
             names = ", ".join(limit.rule.name for limit in self._punishing)
             raise KeyError(f"expected the name of a rule with a penalty: {names or 'none has one'}")
-        return Batch(resets=[(limit, key) for limit in limits])
+        counted = [
+            one for limit in limits for ones in (limit.rule.limits, *limit.rule.tiers.values()) for one in ones
+        ]
+        looks = Batch([(limit, key, 0) for limit in limits], spend=False)
+        return looks, Batch(resets=[(limit, key) for limit in (*limits, *counted)])
 
     def _ask_any(self, batch: Hits) -> Replies:
         return self._ask(batch)
 
     def _ask(self, batch: Hits) -> Replies:
-        return (self._local if isinstance(batch, Batch) and batch.local else self.store).ask(batch)
+        if isinstance(batch, Batch) and batch.local:
+            return self._local.ask(batch)
+        replies = self.store.ask(batch)
+        if replies:
+            self._heed(replies[-1])
+        return replies
 
     async def aask(self, batch: Hits) -> Replies:
-        return await (self._local if isinstance(batch, Batch) and batch.local else self.store).aask(batch)
+        if isinstance(batch, Batch) and batch.local:
+            return self._local.ask(batch)
+        replies = await self.store.aask(batch)
+        if replies:
+            self._heed(replies[-1])
+        return replies
+
+    def _heed(self, reply: Verdict | StoreError) -> None:
+        """Tell when the store ceases to answer, and when it answers again: a line each, not one a request."""
+        if isinstance(reply, StoreError):
+            if not self._is_failing:
+                self._is_failing = True
+                _LOG.warning("the store fails, so that on_error decides: %s", reply)
+        elif self._is_failing:
+            self._is_failing = False
+            _LOG.warning("the store answers again")
 
     def limit(
         self, rate: str | Sequence[str] | None = None, *, name: str | None = None, **settings: Any
@@ -251,6 +282,13 @@ def _banned(limit: RateLimit, keys: Iterable[str], replies: Replies) -> Iterator
             raise reply
         if not reply.allowed:
             yield Ban(limit.rule.name, key, reply.retry_after)
+
+
+def _were_banned(replies: Replies) -> bool:
+    for reply in replies:
+        if isinstance(reply, StoreError):
+            raise reply
+    return not all(reply.allowed for reply in replies)
 
 
 def _limits(gate: Gate) -> Iterator[RateLimit]:

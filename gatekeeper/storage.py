@@ -50,6 +50,32 @@ def open_store(settings: StoreSettings, limits: Iterable[Limit] = ()) -> Store:
     Raises MissingExtra if it needs packages that are not installed.
     """
     check_store(settings, limits)
+    return _made(settings)
+
+
+def check_store(settings: StoreSettings, limits: Iterable[Limit]) -> None:
+    """Raises SettingsError if the store that settings name cannot be, or cannot count one of the limits.
+
+    It is not opened, and nothing is made. Raises MissingExtra.
+    """
+    url = settings.url or "memory://"
+    kind = store_scheme(url)
+    if kind == "limits":
+        from gatekeeper.stores.limits import unsupported
+
+        problems = unsupported(url, limits)
+        if problems:
+            raise SettingsError([f"store.url: {problem}" for problem in problems])
+    elif kind == "shared":
+        import gatekeeper.stores.shared  # noqa: F401  # it tells what is not installed
+
+        if not url.removeprefix("shared://").startswith("/"):
+            raise SettingsError(["store.url: expected an absolute path: shared:///PATH, with three slashes"])
+    else:  # these connect to nothing before they are asked
+        _made(settings).close()
+
+
+def _made(settings: StoreSettings) -> Store:
     url = settings.url or "memory://"
     try:
         return STORES[store_scheme(url)](url, settings)
@@ -57,17 +83,6 @@ def open_store(settings: StoreSettings, limits: Iterable[Limit] = ()) -> Store:
         raise
     except (ValueError, StoreError) as error:  # whose messages never show a URL
         raise SettingsError([f"store.url: {error}"]) from None
-
-
-def check_store(settings: StoreSettings, limits: Iterable[Limit]) -> None:
-    """Raises SettingsError if the store that settings name, which is not opened, cannot count one of the limits."""
-    if settings.url is None or store_scheme(settings.url) != "limits":
-        return
-    from gatekeeper.stores.limits import unsupported
-
-    problems = unsupported(settings.url, limits)
-    if problems:
-        raise SettingsError([f"store.url: {problem}" for problem in problems])
 
 
 def checked_store(store: Store) -> Store:

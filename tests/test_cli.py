@@ -11,7 +11,8 @@ from typing import IO
 
 import pytest
 
-from gatekeeper import __version__
+from gatekeeper import Gatekeeper, __version__
+from gatekeeper.commands import Batch
 from gatekeeper.settings import GREATEST_FILE, json_schema
 
 COMMAND = Path(sys.executable).with_name("gatekeeper")
@@ -218,3 +219,44 @@ def test_each_command_has_a_page_of_help(arguments: list[str]) -> None:
     done = run(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage: gatekeeper" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("shared://dev/shm/x", "expected an absolute path"),
+        ("redis://localhost:99999", "expected"),
+        ("redis://localhost/abc", "expected"),
+        ("memory://foo", "expected memory://"),
+    ],
+)
+def test_check_finds_what_is_wrong_with_the_url_of_a_store_and_opens_nothing(
+    file: Path, url: str, problem: str
+) -> None:
+    file.write_text(f'[store]\nurl = "{url}"\n', encoding="utf-8")
+    done = run("check", file)
+    assert done.returncode == 2
+    assert "store.url: " in done.stderr
+    assert problem in done.stderr
+    assert url.partition("://")[2] not in done.stderr.replace(str(file), "")
+
+
+def test_bans_are_listed_and_lifted_on_the_command_line(file: Path, tmp_path: Path) -> None:
+    file.write_text(
+        f'[store]\nurl = "shared://{tmp_path}/store"\nsize = "1MiB"\n[[limits]]\nname = "a"\nrate = "1/minute"\n'
+        'penalty = { strikes = 1, ban = "10m" }\n',
+        encoding="utf-8",
+    )
+    keeper = Gatekeeper(file)
+    limit = keeper.gate.rules[0].penalty
+    assert limit is not None
+    keeper.ask(Batch([(limit, "192.0.2.1", 1)]))
+    listed = run("bans", file)
+    assert (listed.returncode, listed.stdout, listed.stderr) == (0, "a 600 192.0.2.1\n", "")
+    assert run("bans", file, "--lift", "b", "192.0.2.1").returncode == 2
+    assert run("bans", file, "--lift", "a", "192.0.2.1").returncode == 0
+    assert run("bans", file, "--lift", "a", "192.0.2.1").returncode == 1
+    assert run("bans", file).stdout == ""
+    keeper.close()
+    file.write_text("", encoding="utf-8")
+    assert run("bans", file).returncode == 2

@@ -696,3 +696,26 @@ def test_a_handler_that_must_be_awaited_is_refused() -> None:
 
     with pytest.raises(SettingsError, match=r"response\.handler: .* not asynchronous"):
         Policy(response={"handler": handler})
+
+
+def test_a_lifted_ban_leaves_a_whole_quota_and_it_is_told_whether_there_was_one() -> None:
+    policy = Policy({"rate": "1/minute", "penalty": {**PENALTY, "strikes": 1}})
+    assert [policy.ask(), policy.ask(), policy.ask()] == [200, 429, 429]
+    assert policy.keeper.lift("rule0", "192.0.2.1")
+    assert not policy.keeper.lift("rule0", "192.0.2.1")
+    assert policy.ask() == 200
+
+
+def test_a_store_that_fails_is_told_once_and_so_is_its_return(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Policy({"rate": "9/minute", "on_error": "deny", "penalty": PENALTY})
+    store = policy.keeper.store
+    policy.keeper.ask = policy.keeper._ask
+    policy.keeper.store = Dead()  # type: ignore[assignment]
+    refused = policy.begin(accept="application/json")
+    assert policy.begin().refused == 503
+    assert json.loads(policy.keeper.gate.refusal(refused).body)["type"].endswith("#temporary-reduced-capacity")
+    policy.keeper.store = store
+    assert [policy.begin().refused for _ in range(2)] == [0, 0]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the store fails, so that on_error decides: it does not answer", "the store answers again",
+    ]  # fmt: skip

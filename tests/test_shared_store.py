@@ -516,7 +516,7 @@ class TestFiles:
             (there / "file" / "below", "another folder"),
             (there / "link", "a symbolic link"),
             (f"{there}/link/", "a symbolic link"),
-            (there / "open", "others may write to it: chmod 700"),
+            (there / "open", "others may write to it: name a folder"),
             (there / "missing" / "store", "make it first"),
             (f"{there}/nul\0", "another folder"),
         ):

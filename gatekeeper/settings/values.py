@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import sys
 from importlib import import_module
 from inspect import iscoroutinefunction
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -253,8 +254,15 @@ def load_object(text: str) -> Any:
         try:
             found = getattr(found, attribute)
         except Exception:  # a module may have a __getattr__ of its own
-            raise ValueError("expected a name that the module has") from None
+            so_far = "; it is still being imported" if _is_beginning(module) else ""
+            raise ValueError(f"expected a name that the module has{so_far}") from None
     return found
+
+
+def _is_beginning(module: str) -> bool:
+    """Whether a module is being imported, perhaps by itself: then it has not yet all that it will have."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def is_asynchronous(function: object) -> bool:

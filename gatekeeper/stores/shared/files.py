@@ -449,7 +449,7 @@ def _checked_folder(path: str) -> None:
     if status.st_uid != os.geteuid():
         raise StoreError(f"{path}: belongs to another user: give a folder of the user that runs this")
     if status.st_mode & 0o022:
-        raise StoreError(f"{path}: others may write to it: chmod 700")
+        raise StoreError(f"{path}: others may write to it: name a folder of its own in it, or one with mode 700")
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise StoreError(f"{path}: cannot be written to: chmod 700")
 
