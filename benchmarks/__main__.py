@@ -40,6 +40,8 @@ BENCHMARKS: Final[dict[str, Callable[[bool, Progress], Result]]] = {
     "asgi": asgi.run,
     "wsgi": wsgi.run,
     "django": django.run,
+    "fastapi": fastapi.run,
+    "flask": flask.run,
     "gateway": gateway.run,
     "gateway_memory": gateway_memory.run,
     "hashing": hashing.run,

@@ -28,6 +28,8 @@ from gatekeeper.proxy.listener import Listener
 from gatekeeper.testing import VirtualClock, virtual_store
 from gatekeeper.wsgi import GatekeeperMiddleware as WsgiMiddleware
 from tests.django_home import django_asgi, django_wsgi
+from tests.fastapi_home import fastapi, starlette
+from tests.flask_home import flask, flask_deferring
 from tests.scenarios import SCENARIOS, Answer, Ask, Home, Response, Scenario, Then
 
 COOKIES = [("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
@@ -282,6 +284,11 @@ both. The gateway removes them, and its upstreams see what its rules saw.
 """
 
 
+HOMES: Final = (
+    "asgi", "wsgi", "gateway", "django_asgi", "django_wsgi", "fastapi", "flask", "flask_deferring", "starlette",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def homes() -> Iterator[Mapping[str, Home]]:
     with Engine() as engine:
@@ -291,10 +298,14 @@ def homes() -> Iterator[Mapping[str, Home]]:
             "gateway": engine.gateway,
             "django_asgi": django_asgi,
             "django_wsgi": django_wsgi,
+            "fastapi": fastapi,
+            "flask": flask,
+            "flask_deferring": flask_deferring,
+            "starlette": starlette,
         }
 
 
-@pytest.mark.parametrize("home", ["asgi", "wsgi", "gateway", "django_asgi", "django_wsgi"])
+@pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.says)
 # wsgiref.validate does not know the method `post`, which servers pass on
 @pytest.mark.filterwarnings("ignore:Unknown REQUEST_METHOD")
