@@ -18,6 +18,8 @@ from typing import Final, TextIO
 from benchmarks import (
     asgi,
     django,
+    fastapi,
+    flask,
     gateway,
     gateway_memory,
     hashing,
