@@ -102,6 +102,10 @@ def test_the_chat_is_limited_in_connections_and_messages(shop: str) -> None:
         await socket.send(text)
         return await asyncio.wait_for(socket.recv(), PATIENCE)
 
+    async def said_often(socket: ClientConnection, times: int) -> None:
+        for _ in range(times):
+            await said(socket, "c")
+
     async def trial() -> None:
         async with connect(url) as one:
             async with connect(url) as two:
@@ -111,8 +115,7 @@ def test_the_chat_is_limited_in_connections_and_messages(shop: str) -> None:
                 assert refused.value.response.status_code == 429
                 assert json.loads(refused.value.response.body or b"")["violated-policies"] == ["chats"]
             with pytest.raises(ConnectionClosed) as closed:  # 30 messages a minute
-                for _ in range(31):
-                    await said(one, "c")
+                await said_often(one, 31)
             assert closed.value.rcvd is not None
             assert closed.value.rcvd.code == 1013
 
