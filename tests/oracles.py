@@ -18,7 +18,8 @@ class ExactLog:
 
     def remaining(self, now: int) -> int:
         tick = floor(now / self.tick)
-        return self.limit - sum(cost for at, cost in self.hits if tick - at <= 64)
+        self.hits = [(at, cost) for at, cost in self.hits if tick - at <= 64]  # time does not go back
+        return self.limit - sum(cost for _, cost in self.hits)
 
     def hit(self, now: int, cost: int) -> bool:
         if cost > self.remaining(now):

@@ -303,6 +303,22 @@ def test_every_key_is_decided_as_its_own_oracle_does(
         assert verdict.remaining == oracles[key].remaining(clock())
 
 
+@each_algorithm
+def test_no_step_of_a_long_random_walk_differs_from_the_oracle(make: Make, algorithm: str) -> None:
+    """30,000 steps for each algorithm in each store; millions are in the long trials."""
+    random = Random(11)
+    clock = VirtualClock()
+    store, one = make(clock), limit(7, algorithm=algorithm)
+    oracles = {f"key{number}": ORACLES[algorithm](7, 60) for number in range(20)}
+    for step in range(30_000):
+        clock.advance(random.choice([0, 0, 0, 0.01, 0.3, 1, 60 / 64, 2, 5]))
+        key, cost = f"key{random.randrange(20)}", random.choice([1, 1, 1, 2, 7])
+        (verdict,) = store.ask([(one, key, cost)])
+        assert isinstance(verdict, Verdict)
+        assert verdict.allowed == oracles[key].hit(clock(), cost), step
+        assert verdict.remaining == oracles[key].remaining(clock()), step
+
+
 class TestMemory:
     """What holds of the memory store beyond the contract."""
 
