@@ -252,7 +252,10 @@ def test_bans_are_listed_and_lifted_on_the_command_line(file: Path, tmp_path: Pa
     assert limit is not None
     keeper.ask(Batch([(limit, "192.0.2.1", 1)]))
     listed = run("bans", file)
-    assert (listed.returncode, listed.stdout, listed.stderr) == (0, "a 600 192.0.2.1\n", "")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    rule, seconds, key = listed.stdout.split()
+    assert (rule, key) == ("a", "192.0.2.1")
+    assert 500 < int(seconds) <= 600
     assert run("bans", file, "--lift", "b", "192.0.2.1").returncode == 2
     assert run("bans", file, "--lift", "a", "192.0.2.1").returncode == 0
     assert run("bans", file, "--lift", "a", "192.0.2.1").returncode == 1
