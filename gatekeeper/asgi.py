@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -98,7 +98,8 @@ class _Ticket(ScopeRequest, Ticket):
     """A ticket that what the application sends goes through, on its way out."""
 
     closed = False  # a WebSocket's close was sent
-    replay: Sequence[Message] = ()  # what was read of the request before the application asked for it
+    replay: list[Message] = []  # noqa: RUF012  # never changed in place but by `read`, which makes its own
+    # what was read of the request before the application asked for it
     incoming: Receive
     """The server's `receive`."""
 
@@ -137,22 +138,25 @@ class _Ticket(ScopeRequest, Ticket):
 
     async def read(self, most: int) -> bytes | None:
         """The body, None if it is longer; the application is given it all the same."""
-        body = b""
+        body = bytearray()
+        self.replay = kept = list(self.replay)
         while self.native["type"] == "http":
             message = await self.incoming()
-            self.replay = [*self.replay, message]
-            body += message.get("body", b"")
+            piece = message.get("body", b"")
+            if not piece and message.get("more_body", False):
+                continue
+            kept.append(message)
+            body += piece
             if len(body) > most:
                 return None
             if not message.get("more_body", False):
                 break
-        return body
+        return bytes(body)
 
     async def receive(self) -> Message:
         """What was read already, then what comes."""
         if self.replay:
-            message, *self.replay = self.replay
-            return message
+            return self.replay.pop(0)
         return await self.incoming()
 
     def _heed(self, message: Message) -> Message:

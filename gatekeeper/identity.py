@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from gatekeeper.http.addresses import Address, Network, Networks, parse_address
 from gatekeeper.http.message import Request, split_list
+from gatekeeper.http.parts import only
 
 UNKNOWN: Final = "unknown"
 """The address of a client that has none (a Unix socket that is not trusted). All such share one."""
@@ -48,7 +49,7 @@ class Identity:
         ipv6_prefix: int = 64,
         user_field: str | None = None,
         user: Callable[[Request], Any] | None = None,
-        api_key: Callable[[Request], str | None] = lambda request: request.field("x-api-key") or None,
+        api_key: Callable[[Request], str | None] = lambda request: only(request, "x-api-key"),
     ) -> None:
         self._trusted = Networks(trusted)
         self._unix = unix

@@ -19,7 +19,7 @@ from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, Verdict, aru
 from gatekeeper.errors import SettingsError, StoreError
 from gatekeeper.gate import Access, Destination, Gate
 from gatekeeper.http.message import Request
-from gatekeeper.http.parts import part
+from gatekeeper.http.parts import only, part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.identity import Identity
 from gatekeeper.ratelimit.algorithms import NS, Penalty
@@ -450,5 +450,5 @@ def _identity(settings: IdentitySettings) -> Identity:
 
 def _bearer(request: Request) -> str | None:
     """The token of `Authorization: Bearer` (RFC 6750, 2.1)."""
-    scheme, _, token = (request.field("authorization") or "").partition(" ")
+    scheme, _, token = (only(request, "authorization") or "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None

@@ -113,8 +113,8 @@ class Ticket(Request):
         """A ticket of another gate for the same request, to which nothing has been charged."""
         other = copy(self)
         for name in (
-            "user", "claims", "answers", "settled", "refused", "rules", "hits", "verdicts", "is_open", "asked_user",
-            "limited",
+            "user", "spared", "claims", "answers", "settled", "refused", "rules", "hits", "verdicts", "is_open",
+            "asked_user", "limited",
         ):  # fmt: skip
             other.__dict__.pop(name, None)
         other.gate = gate

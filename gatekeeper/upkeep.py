@@ -6,6 +6,7 @@ blocking, whatever the application does.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -217,7 +218,10 @@ def start_thread(name: str, work: Any, pause: float) -> None:
             work = held()
             if work is None or os.getpid() != pid:
                 return
-            seconds = work()
+            try:
+                seconds = work()
+            except Exception:  # a store of the user's own, say: the next look may do better
+                logging.getLogger("gatekeeper").exception("%s: a look failed", name)
             del work
 
     threading.Thread(target=loop, name=name, daemon=True).start()

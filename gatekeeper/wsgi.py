@@ -8,7 +8,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
 
-from gatekeeper.commands import run
 from gatekeeper.decorators import CURRENT, IN_USE
 from gatekeeper.errors import Limited, SettingsError
 from gatekeeper.http.message import EnvironRequest
@@ -196,7 +195,12 @@ class _Body:
                 close()
         finally:
             ticket.native = None
-            run(self._keeper.gate.finish(ticket), self._keeper.ask)
+            self._keeper.finish(ticket)
+
+    def __del__(self) -> None:
+        # A server that forgets to close it must not hold what the request holds for ever.
+        if self._ticket.is_open:
+            self._keeper.finish(self._ticket)
 
     def _watch(self, step: Callable[[], T], instead: T) -> T:
         """Let the application run. A decorator's refusal that reaches us is the answer, if none was begun."""

@@ -143,7 +143,6 @@ def test_a_field_of_a_form_is_a_key_however_the_form_is_encoded() -> None:
         ("json:name", {"body": b'{"name": {"x": 1}}'}),
         ("json:name", {"body": b"\xff\xfe\x00"}),
         ("form:name", {"body": b"name=a{n}", "content_type": "text/plain"}),
-        ("form:name", {"body": b"\r\n", "content_type": "multipart/form-data; boundary="}),
         (lambda request: None, {}),
         (lambda request: ["no", "text"], {}),
     ],
@@ -719,3 +718,56 @@ def test_a_store_that_fails_is_told_once_and_so_is_its_return(caplog: pytest.Log
     assert [record.getMessage() for record in caplog.records] == [
         "the store fails, so that on_error decides: it does not answer", "the store answers again",
     ]  # fmt: skip
+
+
+# What an attack found
+
+
+HIDDEN = (
+    b'--x\r\nContent-Disposition: form-data; name="name"\r\nContent-Type: message/rfc822\r\n\r\nbob\r\n--x--\r\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ('multipart/form-data; boundary="x"', HIDDEN),
+        ("multipart/form-data; boundary=x; boundary=y", PARTS % b"bob"),
+        ("multipart/form-data; boundary=x; charset=utf-7", PARTS % b"bob"),
+        ("multipart/form-data", PARTS % b"bob"),
+        ("multipart/form-data; boundary*", PARTS % b"bob"),
+        ("multipart/form-data; boundary=x", PARTS % b"bob" + PARTS % b"alice"),
+        ("multipart/form-data; boundary=x", b"preamble\r\n" + PARTS % b"bob"),
+        ("multipart/form-data; boundary=x", (PARTS % b"bob").replace(b'name="name"', b'name="a"; name="name"')),
+        ("multipart/form-data; boundary=x", (PARTS % b"bob").replace(b"\r\n\r\nbob", b"\r\nContent-Disposition: form-data; name=\"b\"\r\n\r\nbob")),
+        ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data" + b";" * 60_000 + b"\r\n\r\n\r\n--x--"),
+        ("application/x-www-form-urlencoded; charset=cp037", b"name=bob"),
+        ("application/x-www-form-urlencoded", b"&".join([b"a=1"] * 2000)),
+    ],
+)  # fmt: skip
+def test_a_form_that_may_be_read_in_several_ways_is_refused(kind: str, body: bytes) -> None:
+    policy = Policy({"rate": "1/minute", "key": "form:name"})
+    assert policy.ask(body=body, content_type=kind, method="POST") == 400
+
+
+def test_spellings_of_a_name_that_applications_take_for_the_same_share_a_quota() -> None:
+    policy = Policy({"rate": "1/minute", "key": "form:name"})
+    bodies = ["name=bob", "name=%EF%BC%A2ob", "name=BOB+", "n%61me=b%6Fb"]
+    outcomes = [
+        policy.ask(body=body.encode(), content_type=FORM, peer=f"192.0.2.{n}") for n, body in enumerate(bodies)
+    ]
+    assert outcomes == [200, 429, 429, 429]
+
+
+@pytest.mark.parametrize("key", ["api_key", "header:X-API-Key"])
+def test_a_field_that_stands_twice_is_no_key(key: str) -> None:
+    policy = Policy({"rate": "2/minute", "key": key})
+
+    def ask(*values: str) -> int:
+        headers = [(b"x-api-key", value.encode()) for value in values]
+        ticket = Asked(
+            {"type": "http", "method": "GET", "path": "/", "client": ("192.0.2.1", 1), "headers": headers}
+        )
+        return policy.keeper.gate.admit_at_once(ticket, policy.keeper.ask)
+
+    assert [ask("real", f"decoy{n}") for n in range(4)] == [0, 0, 429, 429]

@@ -3,37 +3,57 @@
 from __future__ import annotations
 
 import json
-from email.parser import BytesParser
-from email.policy import HTTP
+import re
 from typing import Any, Final
-from urllib.parse import unquote_plus
+from urllib.parse import unquote_to_bytes
 
 from gatekeeper.http.parts import as_text
 
 _MOST_FIELDS: Final = 1000
+_LONGEST_HEAD: Final = 1024
+
+_CONTENT_TYPE: Final = re.compile(
+    r"[A-Za-z/-]+\s*(?:;\s*(?:charset=\"?[Uu][Tt][Ff]-8\"?|"
+    r"boundary=(?P<boundary>[0-9A-Za-z'()+_,./:=?-]{1,70}|\"[0-9A-Za-z'()+_,./:=? -]{1,70}\"))\s*)*"
+)
+_DISPOSITION: Final = re.compile(
+    rb'Content-Disposition: form-data; name="(?P<name>[^"\\\r\n]*)"(?P<file>; filename="[^"\r\n]*")?', re.IGNORECASE
+)
+_OTHER: Final = re.compile(
+    rb"(?:Content-Length: [0-9]+|Content-Type: (?!multipart/|message/)[!-~]+(?:; charset=\"?utf-8\"?)?)",
+    re.IGNORECASE,
+)
+"""What stands in the head of a part: as browsers write it, and nothing that is read in several ways."""
 
 
 class AmbiguousField(ValueError):
     """A field stands in a body more than once: which of them the application believes cannot be known."""
 
 
-def form_field(content_type: str | None, body: bytes, name: str) -> str | None:
+def form_field(content_types: list[str], body: bytes, name: str) -> str | None:
     """The value of a field of a form, `application/x-www-form-urlencoded` or `multipart/form-data` (RFC 7578).
 
-    None if it is no form, or has no such field. Raises AmbiguousField.
+    `content_types`: the values of the Content-Type fields. None if it is no form, or has no such field. Raises
+    AmbiguousField where applications may read the form in ways that differ.
     """
-    kind = (content_type or "").partition(";")[0].strip().lower()
-    if kind == "application/x-www-form-urlencoded":
-        values = [
-            unquote_plus(value)
-            for key, _, value in (pair.partition("=") for pair in body.decode("latin-1").split("&"))
-            if unquote_plus(key) == name
-        ]
-    elif kind == "multipart/form-data":
-        values = _parts(content_type or "", body, name)
-    else:
+    kinds = {value.partition(";")[0].strip().lower() for value in content_types}
+    if not kinds & {"application/x-www-form-urlencoded", "multipart/form-data"}:
         return None
-    return as_text(_only(values))
+    parameters = _CONTENT_TYPE.fullmatch(content_types[0]) if len(content_types) == 1 else None
+    if parameters is None:
+        raise AmbiguousField
+    if kinds == {"multipart/form-data"}:
+        return as_text(_only(_parts(parameters["boundary"], body, name)))
+    pairs = body.split(b"&")
+    if parameters["boundary"] is not None or len(pairs) > _MOST_FIELDS:
+        raise AmbiguousField
+    wanted = name.encode("utf-8", "surrogatepass")
+    found = [value for key, _, value in (pair.partition(b"=") for pair in pairs) if _unquoted(key) == wanted]
+    return as_text(_only([_unquoted(value).decode("utf-8", "replace") for value in found]))
+
+
+def _unquoted(text: bytes) -> bytes:
+    return unquote_to_bytes(text.replace(b"+", b" "))
 
 
 def json_field(body: bytes, path: str) -> str | None:
@@ -63,17 +83,25 @@ def _only(values: list[Any]) -> Any:
     return values[0] if values else None
 
 
-def _parts(content_type: str, body: bytes, name: str) -> list[str]:
-    """The values of a name in a multipart body; files have none."""
-    head = b"Content-Type: " + content_type.encode("latin-1", "replace").replace(b"\n", b" ") + b"\r\n\r\n"
-    message = BytesParser(policy=HTTP).parsebytes(head + body)
+def _parts(boundary: str | None, body: bytes, name: str) -> list[str]:
+    """The values of a name in a multipart body; files have none.
+
+    Raises AmbiguousField for what is not as browsers write it.
+    """
+    if boundary is None:
+        raise AmbiguousField
+    first, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.strip('"').encode("latin-1"))
+    if first or not parts or parts.pop() not in (b"--", b"--\r\n") or len(parts) > _MOST_FIELDS:
+        raise AmbiguousField
     found = []
-    for part in message.get_payload() if message.is_multipart() else ():
-        disposition = part.get("content-disposition") if not isinstance(part, str) else None
-        if disposition is None or isinstance(part, str) or part.is_multipart():
-            continue
-        parameters = getattr(disposition, "params", {})
-        if parameters.get("name") == name and "filename" not in parameters:
-            payload = part.get_payload(decode=True)
-            found.append(payload.decode("utf-8", "replace") if isinstance(payload, bytes) else "")
+    for part in parts:
+        head, end, value = part.partition(b"\r\n\r\n")
+        lines = head.split(b"\r\n")
+        if not end or lines.pop(0) or len(head) > _LONGEST_HEAD:
+            raise AmbiguousField
+        named = [match for line in lines if (match := _DISPOSITION.fullmatch(line)) is not None]
+        if len(named) != 1 or not all(_OTHER.fullmatch(line) for line in lines if not _DISPOSITION.fullmatch(line)):
+            raise AmbiguousField
+        if named[0]["name"] == name.encode() and named[0]["file"] is None:
+            found.append(value.decode("utf-8", "replace"))
     return found

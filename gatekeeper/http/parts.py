@@ -76,7 +76,7 @@ def part(text: str) -> Part:
     kind, _, name = text.partition(":")
     if kind == "header" and _FIELD.fullmatch(name):
         field = name.lower()
-        return lambda subject: subject.field(field) or None
+        return lambda subject: only(subject, field)
     if kind == "cookie" and _COOKIE.fullmatch(name):
         return lambda subject: cookie(subject.fields("cookie"), name) or None
     if kind == "query" and _NAME.fullmatch(name):
@@ -84,6 +84,15 @@ def part(text: str) -> Part:
     if kind == "claim" and _NAME.fullmatch(name):
         return lambda subject: as_text(subject.claims.get(name))
     raise PartError(f"expected {EXPECTED}")
+
+
+def only(request: Request, name: str) -> str | None:
+    """The value of a field that stands once; None of one that does not: which the application believes is unknown.
+
+    (Of a WSGI server's environ it cannot be told: a repeated field has come as one.)
+    """
+    values = request.fields(name)
+    return values[0] or None if len(values) == 1 else None
 
 
 def as_text(value: object) -> str | None:

@@ -119,6 +119,8 @@ class Line(asyncio.Protocol):
             return
         if answered:
             self._core.answered(self._address)
+            if not waiting and self._home.lines.get(self._address) is not self:
+                self.close()  # it was late, and has been replaced: its last answers are read
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lose()
