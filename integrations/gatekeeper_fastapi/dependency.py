@@ -24,12 +24,12 @@ from gatekeeper_fastapi.tickets import (
     charge,
     charge_at_once,
     keeper_for,
+    new_ticket,
     tell_error,
     ticket_for,
 )
 
 _MOST: Final = 1024
-_USUAL_FIELDS: Final = [b"ratelimit", b"ratelimit-policy"]
 
 
 class RateLimit:
@@ -67,7 +67,7 @@ class RateLimit:
         scope = connection.scope
         ticket: Any = scope.get("gatekeeper")
         if ticket is None:
-            ticket = scope["gatekeeper"] = OwnTicket(scope, self.keeper or keeper_for(scope))
+            ticket = scope["gatekeeper"] = new_ticket(scope, self.keeper or keeper_for(scope))
         elif self.keeper is not None or type(ticket) is OwnTicket:
             ticket = ticket_for(scope, self.keeper)
         gate = ticket.gate
@@ -101,14 +101,10 @@ class RateLimit:
         elif not place.is_plain or keeper.awaits or not charge_at_once(ticket, rule, keeper):
             await charge(self.guard, ticket, rule, keeper, connection)
         if type(ticket) is OwnTicket:
-            if place.told is not None and ticket.rules is place.rules and not response.raw_headers:
-                # What `Gate.respond` makes of one hit, with nothing looked up on the way.
-                item, policy = place.told
-                seconds = (verdict.reset_ns + 999_999_999) // 1_000_000_000
-                response.raw_headers += [(b"ratelimit", item % (verdict.remaining, seconds)), policy]
-            else:
+            if response.raw_headers:
                 ticket.tell(response)
-                _learn(place, ticket)
+            else:
+                response.raw_headers += gate.respond(ticket)
             if ticket.response is None:
                 ticket.response = response
                 CURRENT.set(ticket)  # for functions under @gk.limit, and for the endpoint, to be told
@@ -129,7 +125,7 @@ class RateLimit:
         place = _Place()
         place.key, place.router, place.keeper = key, scope.get("router"), keeper
         place.rule = rule = self.guard.rule(keeper, label, template_of(leaf, key))
-        place.rules, place.limit, place.told = (rule,), rule.limits[0], None
+        place.rules, place.limit = (rule,), rule.limits[0]
         place.is_plain = rule.is_plain and not rule.asks
         place.store = store = keeper.store
         is_one = place.is_plain and len(rule.limits) == 1 and rule.cost == 1
@@ -199,13 +195,6 @@ class _Place:
 
     dependant: Any
     """Whose call is still to be wrapped, where no middleware sees the response; else None."""
-
-
-def _learn(place: _Place, ticket: OwnTicket) -> None:
-    """Know from now on how a limit is told of that is the only one of its request."""
-    fields = ticket.gate.respond(ticket)
-    if place.hit is not None and ticket.rules is place.rules and [name for name, _ in fields] == _USUAL_FIELDS:
-        place.told = place.limit.item, fields[1]
 
 
 def _end_with(ticket: OwnTicket, connection: HTTPConnection) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any, Final
 from weakref import ref
 
@@ -32,22 +32,6 @@ class OwnTicket(ScopeRequest, Ticket):
     keeper: Gatekeeper
     is_watched = False  # whether its end is awaited
     status: int | None = None  # of the response, where it is known before it is sent
-
-    def __init__(self, scope: Any, keeper: Gatekeeper) -> None:
-        self.native = scope
-        client = scope.get("client")
-        self.peer = client[0] if client else None
-        self.keeper = keeper
-        keeper.gate.identify(self)
-
-    # Few rules ask for these; what is not asked for is not worked out.
-    @cached_property
-    def method(self) -> str:  # type: ignore[override]
-        return str((self.native or {}).get("method", "GET")).upper()
-
-    @cached_property
-    def path(self) -> str:  # type: ignore[override]
-        return str((self.native or {}).get("path", ""))
 
     def tell(self, response: Response) -> None:
         """Put the fields of this ticket on a response, in the place of earlier ones."""
@@ -92,16 +76,16 @@ def default_keeper() -> Gatekeeper:
 
 def keeper_for(scope: Any) -> Gatekeeper:
     """`app.state.gatekeeper`, or else the process's own. Raises TypeError if it is something else."""
-    try:
-        # For each request: to ask for an attribute that is not there takes longer than all the rest.
-        keeper = scope["app"].state._state.get("gatekeeper")
-    except (AttributeError, KeyError):
-        keeper = getattr(getattr(scope.get("app"), "state", None), "gatekeeper", None)
-    if keeper is None:
-        return default_keeper()
-    if not isinstance(keeper, Gatekeeper):
-        raise TypeError(f"app.state.gatekeeper: expected a Gatekeeper, not {type(keeper).__name__}")
-    return keeper
+    state = getattr(scope.get("app"), "state", None)
+    if state is not None:
+        # For each request: that an attribute is not there would else take longer to find out than all the rest.
+        held = getattr(state, "_state", None)
+        keeper = held.get("gatekeeper") if isinstance(held, dict) else getattr(state, "gatekeeper", None)
+        if keeper is not None:
+            if not isinstance(keeper, Gatekeeper):
+                raise TypeError(f"app.state.gatekeeper: expected a Gatekeeper, not {type(keeper).__name__}")
+            return keeper
+    return default_keeper()
 
 
 def ticket_for(scope: Any, keeper: Gatekeeper | None) -> Ticket:
@@ -118,8 +102,15 @@ def ticket_for(scope: Any, keeper: Gatekeeper | None) -> Ticket:
         ticket = around.under(keeper.gate)
         if ticket is not None and ticket.native is not None:
             return ticket
-    made = scope["gatekeeper"] = OwnTicket(scope, keeper)
+    made = scope["gatekeeper"] = new_ticket(scope, keeper)
     made.outer = around
+    return made
+
+
+def new_ticket(scope: Any, keeper: Gatekeeper) -> OwnTicket:
+    made = OwnTicket(scope)
+    made.keeper = keeper
+    keeper.gate.identify(made)
     return made
 
 

@@ -83,37 +83,21 @@ def group(home: Home) -> AppGroup:
         except StoreError as error:
             _failed(error)
 
-    @commands.group("bans", invoke_without_command=True)
-    @click.pass_context
-    def bans(context: click.Context) -> None:
+    @commands.command("bans")
+    @click.option("--lift", nargs=2, metavar="RULE KEY", help="Lift the ban of a key, as it is listed.")
+    def bans(lift: tuple[str, str] | None) -> None:
         """List the keys that are banned, or lift the ban of one."""
-        if context.invoked_subcommand is None:
-            context.invoke(listing)
-
-    @bans.command("list")
-    def listing() -> None:
-        """List the keys that are banned."""
         _needs_store(home)
         try:
+            if lift is not None:
+                home.keeper.lift(*lift)
+                return
             for ban in home.keeper.bans():
                 click.echo(f"{ban.rule} {ban.key} {ban.seconds:.0f} s")
-        except StoreError as error:
-            _failed(error)
-
-    @bans.command("lift")
-    @click.argument("rule")
-    @click.argument("key")
-    def lift(rule: str, key: str) -> None:
-        """Lift the ban of KEY, as it is listed: its quota is whole again."""
-        _needs_store(home)
-        try:
-            was_banned = home.keeper.lift(rule, key)
         except KeyError as error:
             _wrong(f"RULE: {error.args[0]}")
         except StoreError as error:
             _failed(error)
-        if not was_banned:
-            _wrong("KEY: expected one that is banned; `bans list` lists them")
 
     return commands
 

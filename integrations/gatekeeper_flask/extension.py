@@ -375,21 +375,12 @@ class Gatekeeper:
         home: Home = cast(FlaskTicket, current).home if is_ours else self._home()
         keeper = home.keeper
         gate = keeper.gate
-        ticket: Ticket | None = None
-        if current is not None and current.native is not None:
-            ticket = current if current.gate is gate else current.under(gate)
+        ticket = None if current is None or current.native is None else current.under(gate)
         is_own = ticket is None
         if ticket is None:  # the request has ended but for its body, or did not come through our gate
             ticket = FlaskTicket(environ)
             gate.identify(ticket)
         rule = home.rule(place, asked.url_rule, environ.get("SCRIPT_NAME", ""))
-        if (
-            keeper.store.local
-            and ticket.method != "OPTIONS"
-            and rule not in ticket.rules  # of a function called again the last call is told
-            and gate.extend_at_once(ticket, rule, keeper.ask)
-        ):
-            return None
         before = ticket.refused
         if run(place.guard.charge(ticket, rule), keeper.ask):
             refusal = gate.refusal(ticket)
