@@ -3,9 +3,9 @@
 `Depends(RateLimit(...))` stands where an empty asynchronous dependency stands in the application that it is
 compared with: alone, and in an application with the middleware, which then sees the response. slowapi's decorator
 is on the function of an application with the empty dependency, too, so that what is added is the limit alone. The
-applications are called, and what is added is taken, as in `benchmarks.asgi`. All limit by the client's address,
-in memory, one rate, and tell the client its quota in fields of the response; that they do, and refuse, is
-verified first.
+applications are called, and what is added is taken, as in `benchmarks.asgi`. All limit by the client's address, in
+memory, one rate, and tell the client its quota in fields of the response; that they do, and refuse, is verified
+first.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -180,6 +181,16 @@ def test_a_mount_that_cannot_be_looked_into_is_limited_whatever_its_parameters(m
     app = make()
     app.mount("/{tenant}", hidden)
     assert ask(app, "/a/x/1", "/b/x/2", "/c/x/3") == [200, 429, 429]
+
+
+def test_a_static_frontend_is_limited(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("page")
+    app = make(dependencies=[Depends(RateLimit("2/minute"))])
+    app.frontend("/", directory=tmp_path)
+    first = TestClient(app, client=A).get("/")
+    assert (first.text, first.headers["ratelimit"]) == ("page", '"frontend";r=1;t=61')
+    assert ask(app, "/", "/") == [200, 429]
+    assert ask(app, "/", client=B) == [200]
 
 
 def test_a_route_that_is_added_later_is_limited(make: Make) -> None:
@@ -786,7 +797,7 @@ def test_requests_in_progress_are_counted_for_as_long_as_they_last(make: Make) -
 
     async def trial() -> list[int]:
         first = asyncio.create_task(send(app, "/a"))
-        await inside.wait()
+        await asyncio.wait_for(inside.wait(), 30)
         while_it_lasts = await send(app, "/a")
         other = asyncio.create_task(send(app, "/a", client=B))
         go.set()
@@ -809,7 +820,7 @@ def test_a_request_that_is_broken_off_gives_up_its_place(make: Make, clock: Virt
 
     async def trial() -> list[int]:
         first = asyncio.create_task(send(app, "/a", b"wait=1"))
-        await inside.wait()
+        await asyncio.wait_for(inside.wait(), 30)
         during = await send(app, "/a")
         first.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -284,7 +284,7 @@ def test_a_stream_is_in_progress_until_it_ends(make: Make) -> None:
 
     async def trial() -> list[int]:
         first = asyncio.create_task(send())
-        await inside.wait()
+        await asyncio.wait_for(inside.wait(), 30)
         during = await send()
         go.set()
         return [await first, during, await send()]

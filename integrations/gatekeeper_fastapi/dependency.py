@@ -121,7 +121,8 @@ class RateLimit:
         leaf, is_certain = leaf_of(scope, key)
         dependant = getattr(key, "dependant", None)
         endpoint = getattr(key, "endpoint", None) or scope.get("endpoint") or key
-        label = label_of(endpoint) + self.mark(dependant)
+        # FastAPI's static frontends have no function and no route of their own.
+        label = ("frontend" if endpoint is None else label_of(endpoint)) + self.mark(dependant)
         place = _Place()
         place.key, place.router, place.keeper = key, scope.get("router"), keeper
         place.rule = rule = self.guard.rule(keeper, label, template_of(leaf, key))
