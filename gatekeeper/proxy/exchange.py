@@ -142,6 +142,8 @@ class Exchange(WireRequest, Ticket):
         if not self.is_over:
             self.refused = refused
             self._admitted()
+        elif self.is_open:  # a function of the user's would not be cancelled, and it was charged after all
+            self._finish()
 
     def _peek(self, most: int) -> bytes | None:
         """The body as far as it is here, None if it is longer."""
