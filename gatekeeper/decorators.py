@@ -27,6 +27,9 @@ CURRENT: ContextVar[Ticket | None] = ContextVar("gatekeeper", default=None)
 IN_USE: list[None] = []
 """Not empty once any function was decorated. Until then no ticket need be put where functions find it."""
 
+_LIMITS: Final = "__gatekeeper_limits__"
+"""An attribute of a limited function: how many limits stand upon one another there."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -121,14 +124,16 @@ def limit(
         if not is_async and guard.awaited(keeper):
             raise TypeError("limit: expected an async function, for a function of the settings must be awaited")
         label = f"{function.__module__}.{function.__qualname__}"
+        above = 1 + getattr(function, _LIMITS, 0)  # one limit above another has counters of its own
+        if above > 1:
+            label += f"-{above}"
         inside, outside = guard.rule(keeper, label), alone.rule(keeper, label)
 
         def begin() -> tuple[Ticket, Rule, bool]:
             """The ticket to charge, and whether it ends with the call: no middleware of ours will end it."""
             current = CURRENT.get()
-            if (
-                current is not None and current.native is not None
-            ):  # else it is a task that has outlived its request
+            # A task may outlive its request: then it is none's.
+            if current is not None and current.native is not None:
                 ours = current.under(keeper.gate)
                 # Of other Gatekeepers around us the counters are not ours: only the request is shared.
                 return ours or current.of(keeper.gate), inside, ours is None
@@ -166,6 +171,7 @@ def limit(
                 finally:
                     await keeper.afinish(ticket)
 
+            setattr(limited_async, _LIMITS, above)
             return cast(Callable[P, T], limited_async)
 
         @functools.wraps(function)
@@ -187,6 +193,7 @@ def limit(
             finally:
                 keeper.finish(ticket)
 
+        setattr(limited_sync, _LIMITS, above)
         return limited_sync
 
     return decorate
