@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Protocol, TypeAlias
 from urllib.parse import unquote_plus
 
@@ -78,7 +78,7 @@ def part(text: str) -> Part:
         field = name.lower()
         return lambda subject: only(subject, field)
     if kind == "cookie" and _COOKIE.fullmatch(name):
-        return lambda subject: cookie(subject.fields("cookie"), name) or None
+        return lambda subject: _one(cookies(subject.fields("cookie"), name)) or None
     if kind == "query" and _NAME.fullmatch(name):
         return lambda subject: parameter(subject.query(), name) or None
     if kind == "claim" and _NAME.fullmatch(name):
@@ -133,8 +133,19 @@ def parameter(query: str, name: str) -> str | None:
     return found
 
 
+def _one(values: Iterable[str]) -> str | None:
+    """The value, if it is one: of two, which the application believes is unknown."""
+    found = list(values)
+    return found[0] if len(found) == 1 else None
+
+
 def cookie(fields: Iterable[str], name: str) -> str | None:
-    """The value of the first cookie of that name, None if there is none (RFC 6265, 4.2.1 and 5.4).
+    """The value of the first cookie of that name, None if there is none."""
+    return next(cookies(fields, name), None)
+
+
+def cookies(fields: Iterable[str], name: str) -> Iterator[str]:
+    """The values of the cookies of that name (RFC 6265, 4.2.1 and 5.4).
 
     `fields`: the values of the Cookie fields, of which HTTP/2 may bring several. Names are told apart by case.
     A value in double quotes loses them. Nothing that a client sends raises an error.
@@ -147,8 +158,7 @@ def cookie(fields: Iterable[str], name: str) -> str | None:
             for pair in whole.split(";"):
                 found, equals, value = pair.strip(" \t").partition("=")
                 if equals and found == name:
-                    return value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
+                    yield value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
         room -= len(text)
         if room <= 0:
             break
-    return None
