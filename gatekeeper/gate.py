@@ -84,29 +84,9 @@ class Gate:
     """
 
     __slots__ = (
-        "_access",
-        "_always",
-        "_asks",
-        "_direct",
-        "_hashes_user",
-        "_identity",
-        "_leases",
-        "_manner",
-        "_messages",
-        "_most_body",
-        "_overrides",
-        "_policies",
-        "_table",
-        "_told",
-        "_undone",
-        "failures",
-        "keeper",
-        "off",
-        "reads_body",
-        "reports",
-        "route",
-        "rules",
-        "shadowed",
+        "_access", "_always", "_asks", "_direct", "_hashes_user", "_identity", "_leases", "_manner", "_messages",
+        "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "failures", "keeper", "off",
+        "reads_body", "reports", "route", "rules", "shadowed",
     )  # fmt: skip
 
     def __init__(

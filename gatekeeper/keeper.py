@@ -84,7 +84,7 @@ class Gatekeeper:
         self._files = NetworkFiles(self.settings.access.reload / 1e9, _LOG.warning)
         self._is_failing = False
         self._finishing: set[asyncio.Task[None]] = set()
-        self._leases = Leases(self._ask_any)
+        self._leases = Leases(self._ask)
         self.gate = self._gate = _gate(self.settings, self._files, self._leases, workers)
         self.gate.keeper = self
         # Asked in the store's place while it does not answer.
@@ -177,16 +177,16 @@ class Gatekeeper:
         """The keys that are banned at the moment. Raises StoreError."""
         found: list[Ban] = []
         for limit in self._punishing:
-            keys = self.store.keys(limit)
-            found += _banned(limit, keys, self.store.ask(_looks(limit, keys)))
+            for keys in _portions(self.store.keys(limit)):
+                found += _banned(limit, keys, self.store.ask(_looks(limit, keys)))
         return found
 
     async def abans(self) -> list[Ban]:
         """As `bans`, awaiting the store."""
         found: list[Ban] = []
         for limit in self._punishing:
-            keys = await self.store.akeys(limit)
-            found += _banned(limit, keys, await self.store.aask(_looks(limit, keys)))
+            for keys in _portions(await self.store.akeys(limit)):
+                found += _banned(limit, keys, await self.store.aask(_looks(limit, keys)))
         return found
 
     def lift(self, rule: str, key: str) -> bool:
@@ -216,9 +216,6 @@ class Gatekeeper:
         ]
         looks = Batch([(limit, key, 0) for limit in limits], spend=False)
         return looks, Batch(resets=[(limit, key) for limit in (*limits, *counted)])
-
-    def _ask_any(self, batch: Hits) -> Replies:
-        return self._ask(batch)
 
     def _ask(self, batch: Hits) -> Replies:
         if isinstance(batch, Batch) and batch.local:
@@ -270,6 +267,11 @@ class Gatekeeper:
 
     def __repr__(self) -> str:
         return f"<Gatekeeper {list(self.gate.rules)}>"
+
+
+def _portions(keys: list[str]) -> Iterator[list[str]]:
+    """So many at a time that a store is not held up."""
+    return (keys[start : start + 256] for start in range(0, len(keys), 256))
 
 
 def _looks(limit: Limit, keys: Iterable[str]) -> Batch:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gatekeeper import Gatekeeper, Refusal, SettingsError
+from gatekeeper import Gatekeeper, Limited, Refusal, SettingsError
 from gatekeeper.commands import run
 from gatekeeper.decorators import Guard
 from gatekeeper.errors import StoreError
@@ -771,3 +771,28 @@ def test_a_field_that_stands_twice_is_no_key(key: str) -> None:
         return policy.keeper.gate.admit_at_once(ticket, policy.keeper.ask)
 
     assert [ask("real", f"decoy{n}") for n in range(4)] == [0, 0, 429, 429]
+
+
+def test_a_cookie_that_is_sent_twice_is_no_key() -> None:
+    policy = Policy({"rate": "2/minute", "key": "cookie:sid"})
+    assert [policy.ask(cookie=f"sid=real; sid=decoy{n}") for n in range(3)] == [200, 200, 429]
+
+
+def test_one_limit_above_another_on_a_function_has_counters_of_its_own() -> None:
+    policy = Policy()
+
+    @policy.keeper.limit("3/minute")
+    @policy.keeper.limit("3/minute")
+    def work() -> str:
+        return "done"
+
+    assert [work() for _ in range(3)] == ["done"] * 3
+    with pytest.raises(Limited):
+        work()
+
+
+def test_bans_beyond_one_portion_are_all_listed() -> None:
+    policy = Policy({"rate": "1/minute", "key": "query:q", "penalty": {**PENALTY, "strikes": 1}})
+    for number in range(600):
+        policy.admitted(2, f"/?q={number}")
+    assert len(policy.keeper.bans()) == 600
