@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -123,7 +122,17 @@ def main() -> None:
     keeper.require(awaiting=True)
     server, control = socket.socket(fileno=int(server_fd)), socket.socket(fileno=int(control_fd))
     server.setblocking(False)
-    parent = os.getppid()
     uvloop.run(work(keeper, server, control, pseudonym))
-    if store and os.getppid() != parent:  # it was killed: nobody else clears up
+    if store and _is_orphan(control):  # nobody else clears up
         shutil.rmtree(store.removeprefix("shared://"), ignore_errors=True)
+
+
+def _is_orphan(control: socket.socket) -> bool:
+    """Whether the parent is gone. (Who one's parent is changes only after its sockets were closed.)"""
+    control.setblocking(False)
+    try:
+        return not control.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
