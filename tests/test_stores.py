@@ -415,6 +415,23 @@ class TestMemory:
         store.close()
         assert hitters[one]("key").remaining == 3
 
+    @each_algorithm
+    def test_threads_that_take_the_short_way_admit_exactly_the_limit(
+        self, clock: VirtualClock, algorithm: str
+    ) -> None:
+        hit = MemoryStore(clock=clock).hitter(limit(1000, 60, algorithm=algorithm))
+        allowed: list[int] = []
+
+        def work() -> None:
+            allowed.append(sum(hit("key").allowed for _ in range(2000)))
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(allowed) == 1000
+
     def test_the_count_of_keys_stays_true_over_any_history(self, clock: VirtualClock) -> None:
         random = Random(5)
         store, one = MemoryStore(max_keys=50, clock=clock), limit(4, 60)

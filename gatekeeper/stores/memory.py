@@ -31,8 +31,8 @@ class _Shard:
         self.stale: dict[str, State] = {}
         self.lifetime_ns = lifetime_ns
         self.turn = now + lifetime_ns
-        # The last refusal: the state, until when it stands, the limit, and what is told; see `MemoryStore.hitter`.
-        self.refusal: tuple[State, int, Limit | None, int, int, int, int] = (None, 0, None, 0, 0, 0, 0)
+        # The last refusal: the state, the limit, until when it stands, and what is told; see `MemoryStore.hitter`.
+        self.refusal: tuple[object, Limit | None, int, int, int, int, int] = (self, None, 0, 0, 0, 0, 0)
 
 
 class MemoryStore:
@@ -104,32 +104,38 @@ class MemoryStore:
         """A function that asks for one hit of cost 1: what `ask` answers, with nothing looked up on the way.
 
         A key that is refused again and again is refused from memory: as long as its state is the very same object,
-        nothing was spent, given back or reset since, so what was told stands until more is left.
+        nothing was spent, given back or reset since, so what was told stands until more is left. That takes no
+        lock, for state and refusal are each read in one step, and neither is changed in place: threads that hammer
+        a key that is spent do not queue.
         """
         acquire, release, clock, step = self._acquire, self._release, self._clock, limit.step
         tables, space = self._tables, limit.space
 
         def hit(key: str) -> Verdict:
-            acquire()
-            try:
-                now = clock()
-                shards = tables.get(space)
-                if shards is not None:
-                    shard = shards[hash(key) & 63]
-                    state = shard.fresh.get(key)
+            shards = tables.get(space)
+            if shards is not None:
+                shard = shards[hash(key) & 63]
+                refused = shard.refusal
+                if refused[0] is shard.fresh.get(key):
+                    now = clock()
+                    _, of, until, total, left, reset, wait = refused
+                    if now < until and of is limit:
+                        return Verdict(False, total, left, reset - now, wait - now, None)
+                acquire()
+                try:
+                    now = clock()
+                    fresh = shard.fresh
+                    state = fresh.get(key)
                     if state is not None:
-                        refused, until, of, total, left, reset, wait = shard.refusal
-                        if state is refused and now < until and of is limit:
-                            return Verdict(False, total, left, reset - now, wait - now, None)
                         after, verdict = step(state, now, 1)
                         if verdict.allowed:
-                            shard.fresh[key] = after
+                            fresh[key] = after
                         else:
                             reset, wait = now + verdict.reset_ns, now + verdict.retry_ns
-                            shard.refusal = state, reset, limit, verdict.limit, verdict.remaining, reset, wait
+                            shard.refusal = state, limit, reset, verdict.limit, verdict.remaining, reset, wait
                         return verdict
-            finally:
-                release()
+                finally:
+                    release()
             (reply,) = self.ask([(limit, key, 1)])
             assert isinstance(reply, Verdict)
             return reply
