@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from inspect import isawaitable
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from gatekeeper.errors import StoreError
 
@@ -186,8 +186,107 @@ class Read:
         self.most = most
 
 
+class Record(NamedTuple):
+    """A session as a store keeps it.
+
+    - `data`: the session as text, which the store does not read
+    - `version`: another after each write; a later write names it, so that none is lost
+    """
+
+    data: bytes
+    version: int
+
+
+class SessionCommand:
+    """What is asked of a session store. Each answer may be a StoreError instead."""
+
+    __slots__ = ("store",)
+
+    store: SessionStore
+
+
+class Load(SessionCommand):
+    """A session by its key: 64 hexadecimal digits, the SHA-256 of the id that the client holds.
+
+    The answer is a Record, or None.
+    """
+
+    __slots__ = ("key",)
+
+    def __init__(self, store: SessionStore, key: str) -> None:
+        self.store = store
+        self.key = key
+
+
+class Save(SessionCommand):
+    """Write a session, if it is still as it was read.
+
+    - `version`: of the Record that was read; None for a session that must not exist yet
+    - `ttl`: seconds, 1 or more, after which it is gone unless it is written again
+    - `owner`: whose it is, for `Owned`; None for nobody's
+
+    The answer is its new version; or the Record that is there instead; or None if it is gone, deleted or expired:
+    what is gone is never written again.
+    """
+
+    __slots__ = ("data", "key", "owner", "ttl", "version")
+
+    def __init__(
+        self, store: SessionStore, key: str, data: bytes, *, version: int | None, ttl: int, owner: str | None = None
+    ) -> None:
+        self.store = store
+        self.key = key
+        self.data = data
+        self.version = version
+        self.ttl = ttl
+        self.owner = owner
+
+
+class Delete(SessionCommand):
+    """End a session. The answer is the Record that was there in that moment, or None."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, store: SessionStore, key: str) -> None:
+        self.store = store
+        self.key = key
+
+
+class Owned(SessionCommand):
+    """The sessions of an owner. The answer is a list of (key, Record), in no order."""
+
+    __slots__ = ("owner",)
+
+    def __init__(self, store: SessionStore, owner: str) -> None:
+        self.store = store
+        self.owner = owner
+
+
+class SessionStore(Protocol):
+    """Where sessions live. `ask` and `aask` give the same answers; neither raises StoreError: it is the answer.
+
+    An `aask` that is cancelled while it waits may have been carried out, but never by halves.
+    """
+
+    local: bool
+    """True if `ask` never waits for another machine, so that it may be called on an event loop."""
+
+    def ask(self, command: SessionCommand) -> Any: ...
+
+    async def aask(self, command: SessionCommand) -> Any: ...
+
+    def sweep(self) -> int:
+        """Drop what has expired, in portions; how many sessions that were. Raises StoreError."""
+
+    async def asweep(self) -> int: ...
+
+    def close(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
 R = TypeVar("R")
-Question: TypeAlias = Hits | Call | Read  # a Batch is Hits
+Question: TypeAlias = Hits | Call | Read | SessionCommand  # a Batch is Hits
 Steps: TypeAlias = Generator[Question, Any, R]
 
 
@@ -227,6 +326,8 @@ def run(steps: Steps[R], ask: Callable[[Hits], Replies], read: Callable[[int], b
                 answer = _call(question)
             elif isinstance(question, Read):
                 answer = b"" if read is None else read(question.most)
+            elif isinstance(question, SessionCommand):
+                answer = question.store.ask(question)
             else:
                 answer = ask(question)
     except StopIteration as stop:
@@ -249,6 +350,8 @@ async def arun(
                     answer = await answer
             elif isinstance(question, Read):
                 answer = b"" if read is None else await read(question.most)
+            elif isinstance(question, SessionCommand):
+                answer = await question.store.aask(question)
             else:
                 answer = await ask(question)
     except StopIteration as stop:
