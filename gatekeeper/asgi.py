@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from gatekeeper.commands import arun, run
+from gatekeeper.commands import anobody, arun, run
 from gatekeeper.decorators import CURRENT, IN_USE
-from gatekeeper.errors import Limited
+from gatekeeper.errors import Limited, StoreError
+from gatekeeper.http.fields import Fields
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import Settings
 from gatekeeper.ticket import Refusal, Ticket
+
+if TYPE_CHECKING:
+    from gatekeeper.sessions.flow import Sessions
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -53,6 +58,7 @@ class GatekeeperMiddleware:
             if ticket.outer.under(gate) is not None:
                 await self.app(scope, receive, send)  # the same policy stands around us already
                 return
+        loading = self._begin(gate.sessions, ticket) if gate.sessions is not None else None
         if keeper.awaits or gate.reads_body:
             ticket.incoming = receive
             ticket.refused = await arun(gate.admit(ticket), keeper.aask, ticket.read)
@@ -61,11 +67,17 @@ class GatekeeperMiddleware:
         else:
             ticket.refused = gate.admit_at_once(ticket, keeper.ask)
         if ticket.refused:
+            if loading is not None:
+                loading.cancel()
             if kind == "websocket":
                 await receive()  # websocket.connect
             await _refuse(scope, send, gate.refusal(ticket), gate.close_code)
             return
         scope["gatekeeper"] = ticket
+        if ticket.session is not None:
+            scope["session"] = ticket.session
+            if loading is not None:
+                await loading
         if kind == "websocket" and (rules := gate.message_rules(ticket)):
             ticket.incoming = receive
             receive = _Messages(keeper, ticket, rules).receive
@@ -75,15 +87,30 @@ class GatekeeperMiddleware:
         except Limited as limited:
             if not ticket.replaced:
                 await ticket.refuse(limited)
+        except StoreError:
+            if ticket.sent or ticket.session is None or ticket.session.failure is None:
+                ticket.sent = 500
+                raise
+            ticket.refused = 503
+            await ticket.replace(gate.refusal(ticket))
         except Exception:
             ticket.sent = 500
             raise
         finally:
             if token is not None:
                 CURRENT.reset(token)
+            if ticket.session is not None and ticket.sent == 101:
+                await ticket.keep()
             if ticket.is_open:
                 await keeper.afinish(ticket)
             ticket.native = None  # scope and ticket held each other: the cycle would wait for the collector
+
+    def _begin(self, sessions: Sessions, ticket: _Ticket) -> asyncio.Task[None] | None:
+        """Open the session of a request. It is asked for together with the limits, if it is to be loaded early."""
+        session = ticket.session = sessions.open(ticket, blocking=False)
+        if not (session.came and sessions.early):
+            return None
+        return asyncio.ensure_future(arun(sessions.load(session), anobody))
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def observe(message: Message) -> None:
@@ -122,19 +149,49 @@ class _Ticket(ScopeRequest, Ticket):
                 self.sent = message["status"]
                 if self.sent >= 500 and self.limited is not None and (limited := self.limited()) is not None:
                     # The application took a decorator's refusal for a fault of its own; we know better.
-                    return self._replace(self.gate.refusal(self, limited.verdict))
+                    return self.replace(self.gate.refusal(self, limited.verdict))
             if self.gate.reports:
                 message = self._heed(message)
             fields = self.gate.respond(self)
+            session = self.session
+            if session is not None and session.is_loaded and not session.is_written:
+                return self._saved(message, fields)
             if fields:
-                # Copied: the message may be one that the application sends again and again.
-                message = dict(message)
-                message["headers"] = [*message["headers"], *fields] if "headers" in message else fields
+                message = _with(message, fields)
         elif kind == "websocket.close":
             self.sent, self.ended, self.closed = self.sent or 403, True, True
         elif kind != "http.response.trailers":  # the other ways of sending a body
             self.ended = not message.get("more_body", False)
         return self.outgoing(message)
+
+    async def _saved(self, message: Message, fields: Fields) -> None:
+        """Send the head of a response once the session is written."""
+        assert self.session is not None
+        refused = self.sent >= 500 and self.session.failure is not None  # the application took it for its own fault
+        if not refused:
+            try:
+                fields = fields + await arun(self.gate.save(self), anobody)
+            except StoreError:
+                refused = True
+        if refused:
+            self.refused = 503
+            await self.replace(self.gate.refusal(self))
+        else:
+            await self.outgoing(_with(message, fields) if fields else message)
+
+    async def keep(self) -> None:
+        """Write what a WebSocket has changed in the session since it was accepted."""
+        session = self.session
+        if session is None or not session.is_written or session.now() is None:
+            return
+        if session.version is None:
+            session.warn("a session was changed in a WebSocket, after its client could be told: the change is lost")
+            return
+        session.is_written = False
+        try:
+            await arun(self.gate.save(self), anobody)
+        except StoreError as error:
+            session.warn(f"a session was not written: {error}")
 
     async def read(self, most: int) -> bytes | None:
         """The body, None if it is longer; the application is given it all the same."""
@@ -173,13 +230,13 @@ class _Ticket(ScopeRequest, Ticket):
     async def refuse(self, limited: Limited) -> None:
         """A decorator's refusal reached us: it is the answer, if none was begun."""
         if not self.sent:
-            await self._replace(self.gate.refusal(self, limited.verdict))
+            await self.replace(self.gate.refusal(self, limited.verdict))
         elif self.sent == 101 and not self.closed:
             await self.outgoing({"type": "websocket.close", "code": self.gate.close_code})
         else:
             raise limited
 
-    async def _replace(self, refusal: Refusal) -> None:
+    async def replace(self, refusal: Refusal) -> None:
         self.sent = refusal.status
         self.replaced = self.ended = True
         await _refuse(self.native, self.outgoing, refusal, self.gate.close_code)
@@ -210,6 +267,11 @@ class _Messages:
         code = ticket.gate.close_code
         await ticket.outgoing({"type": "websocket.close", "code": code})
         return {"type": "websocket.disconnect", "code": code}
+
+
+def _with(message: Message, fields: Fields) -> Message:
+    """The head of a response with more fields. A copy: the application may send the same message again."""
+    return {**message, "headers": [*message["headers"], *fields] if "headers" in message else fields}
 
 
 async def _nothing() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from inspect import isawaitable
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 from gatekeeper.errors import StoreError
 
@@ -356,6 +356,16 @@ async def arun(
                 answer = await ask(question)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
+
+
+def nobody(batch: Hits) -> NoReturn:
+    """Answers steps that ask of no limits."""
+    raise AssertionError("asked of limits")
+
+
+async def anobody(batch: Hits) -> NoReturn:
+    """As `nobody`, awaited."""
+    raise AssertionError("asked of limits")
 
 
 def _call(question: Call) -> object:

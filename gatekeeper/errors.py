@@ -40,6 +40,10 @@ class StoreError(GatekeeperError):
     allowed: ClassVar[bool] = False
 
 
+class SessionError(GatekeeperError, ValueError):
+    """A session cannot be used so: it holds what cannot be stored, or it would have to be loaded before."""
+
+
 class Limited(GatekeeperError):
     """A decorated function was called more often than its limit allows.
 

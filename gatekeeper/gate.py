@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from unicodedata import normalize
 
 from gatekeeper.commands import Batch, Call, Give, Hit, Hits, Limit, Read, Replies, Steps, Verdict, run
@@ -20,7 +20,9 @@ from gatekeeper.http.parts import Part
 from gatekeeper.http.routes import Pattern, Router, Table
 from gatekeeper.identity import Identity
 from gatekeeper.ratelimit.fields import (
+    BANNED,
     DEFAULT_MANNER,
+    NO_SESSION,
     Manner,
     common_fields,
     older_fields,
@@ -33,6 +35,9 @@ from gatekeeper.ratelimit.rates import MOST
 from gatekeeper.ratelimit.rules import RateLimit, Rule, outcome_matches
 from gatekeeper.ticket import Charge, Refusal, Ticket, tightness
 from gatekeeper.upstreams.pool import Pool, Upstream
+
+if TYPE_CHECKING:
+    from gatekeeper.sessions.flow import Sessions
 
 DENIED_WAIT_NS: Final = 1_000_000_000
 """How long a client is told to wait when a rule denies because its store does not answer."""
@@ -86,7 +91,7 @@ class Gate:
     __slots__ = (
         "_access", "_always", "_asks", "_direct", "_hashes_user", "_identity", "_leases", "_manner", "_messages",
         "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "failures", "keeper", "off",
-        "reads_body", "reports", "route", "rules", "shadowed",
+        "reads_body", "reports", "route", "rules", "sessions", "shadowed",
     )  # fmt: skip
 
     def __init__(
@@ -107,6 +112,8 @@ class Gate:
         self.failures: Counter[str] = Counter()
         self.shadowed: Counter[str] = Counter()
         self.off = False
+        self.sessions: Sessions | None = None
+        """What is remembered of clients."""
         self.keeper: Any = None
         """Whose gate this is, for guards that find it by a request's ticket."""
         self._identity = identity
@@ -260,6 +267,8 @@ class Gate:
         ticket.replaced, ticket.is_open, ticket.hits = False, False, ()
         # A client that is its own peer, and was seen before, is one look-up.
         ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
+        if self.sessions is not None and ticket.session is None:
+            ticket.session = self.sessions.open(ticket, blocking=ticket.blocking)
         rules = self._always or self._table.match(ticket)
         if self._overrides:
             rules = self._remaining(rules)
@@ -434,6 +443,25 @@ class Gate:
             policy = self._policies[key] = policy_field(limits)
         return policy
 
+    def save(self, ticket: Ticket) -> Steps[Fields]:
+        """Write the session of a request before the head of its response is sent: the fields to add to it.
+
+        Raises SessionError; and StoreError where its store does not answer, unless it may be empty then. `refusal`
+        is to be the answer in that case: what the application tells the client would not be so.
+        """
+        session, sessions = ticket.session, self.sessions
+        if session is None or sessions is None or session.is_written:
+            return []
+        try:
+            return (yield from sessions.save(session))
+        except StoreError as error:
+            self.failures["session"] += 1
+            if sessions.empties:
+                sessions.warn(f"a session was not written: {error}")
+                return []
+            session.failure, ticket.refused = error, 503
+            raise
+
     def report(self, ticket: Ticket, name: str, value: str) -> None:
         """A field of the response, one of `reports`, tells the real cost. What is no number tells nothing."""
         if value.isascii() and value.isdigit() and len(value) <= 18:
@@ -493,15 +521,25 @@ class Gate:
         if manner.body is not None:
             kind, body = own_body(manner, violated, retry, status)
         else:
-            banned = status == 429 and any(charge.limit.kind == "penalty" for charge in refused)
+            told: tuple[str | None, str, str] | None = None
+            if status == 429 and any(charge.limit.kind == "penalty" for charge in refused):
+                told = BANNED
+            elif status == 503 and ticket.session is not None and ticket.session.failure is not None:
+                told = NO_SESSION
             problem = wants_problem(ticket.field("accept"))
-            kind, body = refusal_body(violated, retry, status=status, problem=problem, banned=banned)
+            kind, body = refusal_body(violated, retry, status=status, problem=problem, told=told)
         refusal = Refusal(status, common_fields(retry, kind, body) + self.respond(ticket), body)
         return refusal if manner.handler is None else handled(manner.handler, ticket, refusal)
 
     def _ask_user(self, ticket: Ticket) -> Steps[None]:
         identity = self._identity
         ticket.asked_user = True
+        if identity.by_session:
+            session = ticket.session
+            if session is not None and self.sessions is not None:
+                yield from self.sessions.load(session)
+                ticket.claims, ticket.user = session.held, self.sessions.owner(session.held)
+            return
         if identity.user is None:
             ticket.user = identity.named_user(ticket)
             return

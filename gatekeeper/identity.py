@@ -33,11 +33,13 @@ class Identity:
       that holds a single address.
     - `ipv6_prefix`: clients of one IPv6 network of this length are one client.
     - `user`: None; the name of a field that trusted peers write; or a function of the Request.
+    - `by_session`: whether the user is the owner of the session.
     - `api_key`: reads the API key of a Request; by default that of the field X-API-Key.
     """
 
     __slots__ = (
-        "_header", "_known", "_prefix", "_trusted", "_unix", "_user_field", "api_key", "direct", "user",
+        "_header", "_known", "_prefix", "_trusted", "_unix", "_user_field", "api_key", "by_session", "direct",
+        "user",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +51,7 @@ class Identity:
         ipv6_prefix: int = 64,
         user_field: str | None = None,
         user: Callable[[Request], Any] | None = None,
+        by_session: bool = False,
         api_key: Callable[[Request], str | None] = lambda request: only(request, "x-api-key"),
     ) -> None:
         self._trusted = Networks(trusted)
@@ -57,6 +60,7 @@ class Identity:
         self._prefix = ipv6_prefix
         self._user_field = user_field
         self.user = user
+        self.by_session = by_session
         self.api_key = api_key
         # what was seen, by its text
         self._known: dict[str, _Known] = {}

@@ -90,6 +90,7 @@ class Gatekeeper:
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
         self.use(open_store(self.settings.store, _limits(self._gate)) if store is None else store)
+        self.sessions = self._gate.sessions = None
         self._punishing = [rule.penalty for rule in self.gate.rules if rule.penalty is not None]
         self._files.watch()
         self.enabled = self.settings.enabled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import ReferenceType
 
 from gatekeeper.commands import Hit, Steps, Verdict
@@ -15,6 +15,9 @@ from gatekeeper.http.fields import Fields
 from gatekeeper.http.message import Request
 from gatekeeper.ratelimit.rates import MOST
 from gatekeeper.ratelimit.rules import RateLimit, Rule
+
+if TYPE_CHECKING:
+    from gatekeeper.sessions.state import Session
 
 
 class Refusal(NamedTuple):
@@ -54,6 +57,8 @@ class Policy(Protocol):
 
     def respond(self, ticket: Ticket) -> Fields: ...
 
+    def save(self, ticket: Ticket) -> Steps[Fields]: ...
+
     def report(self, ticket: Ticket, name: str, value: str) -> None: ...
 
     def message(self, ticket: Ticket, rules: tuple[Rule, ...]) -> Steps[bool]: ...
@@ -74,6 +79,7 @@ class Ticket(Request):
     - `ended`: whether all of it was sent; kept only where the outcome matters to a rule
     - `charges`: each rate that was asked, with its verdict
     - `claims`: what is known of the user besides, where `identity.user` returns more than a name
+    - `session`: what is remembered of the client; None without `[session]` in the settings
     """
 
     gate: Policy
@@ -82,6 +88,8 @@ class Ticket(Request):
     refused: int = 0
     sent: int = 0
     ended: bool = False
+    session: Session | None = None
+    blocking: bool = False  # whether the home of the request may wait for a store
     spared: bool = False  # of a network that is never limited
     replaced: bool = False  # our refusal stands in place of the application's response
     # Rules, hits and verdicts in the order they were asked: a hit for each rate of each rule.

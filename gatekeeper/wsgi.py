@@ -8,8 +8,9 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
 
+from gatekeeper.commands import nobody, run
 from gatekeeper.decorators import CURRENT, IN_USE
-from gatekeeper.errors import Limited, SettingsError
+from gatekeeper.errors import Limited, SettingsError, StoreError
 from gatekeeper.http.message import EnvironRequest
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.settings import Settings, is_asynchronous
@@ -57,7 +58,9 @@ class GatekeeperMiddleware:
         if ticket.refused:
             return _refuse(environ, start_response, gate.refusal(ticket))
         environ["gatekeeper.ticket"] = ticket
-        if not IN_USE and not ticket.is_open:
+        if ticket.session is not None:
+            environ["gatekeeper.session"] = ticket.session
+        if not IN_USE and not ticket.is_open and ticket.session is None:
             ticket.native = None  # environ and ticket held each other: the cycle would wait for the collector
             return self.app(environ, ticket.start)  # nothing to do when it ends: the body goes by untouched
         body = _Body(keeper, ticket)
@@ -67,6 +70,8 @@ class GatekeeperMiddleware:
 
 class _Ticket(EnvironRequest, Ticket):
     """A ticket that what the application answers goes through, on its way out."""
+
+    blocking = True
 
     refusal: Sequence[bytes] = ()
     """The body in place of the application's, once `replaced`."""
@@ -86,8 +91,25 @@ class _Ticket(EnvironRequest, Ticket):
         if self.gate.reports:
             headers = self._heed(headers)
         fields = [(name.decode(), value.decode()) for name, value in self.gate.respond(self)]
+        if self.session is not None:
+            saved = self.save()
+            if saved is None:
+                self.replace(self.gate.refusal(self), *exc_info)
+                return _discard
+            fields += saved
         write = self.start_response(status, headers + fields, *exc_info)
         return self._counted(write) if self.is_open else write
+
+    def save(self) -> list[tuple[str, str]] | None:
+        """Write the session: the fields to add. None if its store does not answer, and that is to be told."""
+        assert self.session is not None
+        if self.sent >= 500 and self.session.failure is not None:
+            self.refused = 503  # the application took the store's fault for its own
+            return None
+        try:
+            return [(name.decode(), value.decode()) for name, value in run(self.gate.save(self), nobody)]
+        except StoreError:
+            return None
 
     def read(self, most: int) -> bytes | None:
         """The body, None if it is longer; the application is given it all the same."""
@@ -212,6 +234,13 @@ class _Body:
             if ticket.sent:
                 raise
             ticket.replace(ticket.gate.refusal(ticket, limited.verdict))
+            return instead
+        except StoreError:
+            if ticket.sent or ticket.session is None or ticket.session.failure is None:
+                ticket.sent = 500
+                raise
+            ticket.refused = 503
+            ticket.replace(ticket.gate.refusal(ticket))
             return instead
         except Exception:
             ticket.sent = 500

@@ -89,14 +89,25 @@ _PROBLEMS: Final = {
 }
 """(type, title, detail) of refusals by their status."""
 
-_BANNED: Final = (ABNORMAL_USAGE, "Too Many Requests", "Too many requests were refused before.")
+BANNED: Final = (ABNORMAL_USAGE, "Too Many Requests", "Too many requests were refused before.")
+
+NO_SESSION: Final = (None, "Service Unavailable", "What is remembered of you cannot be read at the moment.")
+"""The problem of a request whose session's store does not answer."""
 
 
 def refusal_body(
-    violated: Sequence[str], retry: int | None, *, status: int, problem: bool, banned: bool = False
+    violated: Sequence[str],
+    retry: int | None,
+    *,
+    status: int,
+    problem: bool,
+    told: tuple[str | None, str, str] | None = None,
 ) -> tuple[bytes, bytes]:
-    """(content type, body) of a refusal: `application/problem+json` (RFC 9457), or a line of plain text."""
-    kind, title, detail = _BANNED if banned else _PROBLEMS[status]
+    """(content type, body) of a refusal: `application/problem+json` (RFC 9457), or a line of plain text.
+
+    `told`: (type, title, detail) of the problem, in place of what is told of the status.
+    """
+    kind, title, detail = told or _PROBLEMS[status]
     if retry is not None:
         detail += f" Try again in {retry} {'second' if retry == 1 else 'seconds'}."
     if not problem:

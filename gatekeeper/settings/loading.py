@@ -20,7 +20,9 @@ from pydantic import BaseModel, ValidationError
 from gatekeeper.errors import SettingsError
 from gatekeeper.http.routes import Pattern, PatternError
 from gatekeeper.ratelimit.rates import Rate, RateError, parse_rates
-from gatekeeper.settings.schema import MOST_VNODES, MOST_WEIGHT, HealthSettings, PenaltySettings, Settings, as_list
+from gatekeeper.settings.base import as_list
+from gatekeeper.settings.schema import MOST_VNODES, MOST_WEIGHT, HealthSettings, PenaltySettings, Settings
+from gatekeeper.settings.session import misfit_session
 from gatekeeper.settings.values import Duration, parse_upstream, store_scheme, upstream_url
 from gatekeeper.upstreams.policies import POLICIES
 
@@ -45,6 +47,7 @@ def _misfits(document: Mapping[str, Any]) -> list[str]:
     for name, pool in pools.items():
         if isinstance(pool, Mapping):
             problems += [f"pools.{_shown(name)}{problem}" for problem in _misfit_pool(pool)]
+    problems += [f"session{problem}" for problem in misfit_session(document.get("session"))]
     return [*problems, *_misfit_routes(document.get("routes"), pools)]
 
 

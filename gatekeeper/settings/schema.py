@@ -11,7 +11,6 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -26,6 +25,8 @@ from gatekeeper.http.parts import PartError, part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.ratelimit.rates import parse_rates
 from gatekeeper.ratelimit.rules import KEYS, KeyPartError, key_part
+from gatekeeper.settings.base import Boolean, Integer, Model, Strings, as_list, default
+from gatekeeper.settings.session import SessionSettings
 from gatekeeper.settings.values import (
     OBJECT,
     STORE_PATTERN,
@@ -42,15 +43,6 @@ from gatekeeper.settings.values import (
     upstream_url,
 )
 from gatekeeper.upstreams.policies import POLICIES
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-def as_list(value: object) -> object:
-    """A list with the text, or what else it is."""
-    return [value] if isinstance(value, str) else value
 
 
 def _each(texts: list[Any], check: Callable[[Any], object]) -> None:
@@ -211,14 +203,21 @@ def _networks(texts: list[str]) -> list[str]:
     return texts
 
 
-_USER_EXPECTED: Final = 'expected "header:NAME", "package.module:function" or a function'
+_USER_EXPECTED: Final = (
+    'expected "session:NAME", "bearer:CLAIM", "header:NAME", "package.module:function" or a function'
+)
+_USER_NAMES: Final = {
+    "session": re.compile(r"[!-~]{1,64}"),
+    "bearer": re.compile(r"[!-~]{1,64}"),
+    "header": re.compile(r"[A-Za-z0-9-]{1,64}"),
+}
 
 
 def _user(value: object) -> object:
     if isinstance(value, str):
         kind, colon, name = value.partition(":")
-        if kind == "header" and colon:
-            if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", name):
+        if kind in _USER_NAMES and colon:
+            if not _USER_NAMES[kind].fullmatch(name):
                 raise ValueError(_USER_EXPECTED)
             return value
         if not OBJECT.fullmatch(value):
@@ -279,22 +278,12 @@ def _upstreams(value: object) -> object:
     return [{"url": one} if isinstance(one, str) else one for one in value]
 
 
-Integer: TypeAlias = Annotated[int, Strict()]  # true is no number
-Boolean: TypeAlias = Annotated[bool, Strict()]  # nor is 1 a truth
-Strings: TypeAlias = Annotated[list[str], BeforeValidator(as_list, json_schema_input_type=str | list[str])]
-
-
-def _default(written: object, description: str) -> Any:
-    """A field whose default is written as in a file."""
-    return Field(written, validate_default=True, description=description)
-
-
 StoreUrl: TypeAlias = Annotated[
     str, AfterValidator(store_url), WithJsonSchema({"type": "string", "pattern": STORE_PATTERN})
 ]
 
 
-class StoreSettings(_Model):
+class StoreSettings(Model):
     """Where counters live."""
 
     url: (
@@ -306,7 +295,7 @@ class StoreSettings(_Model):
         description="memory://, shared:///PATH, redis://…, redis+cluster://…, or a storage URI of limits; "
         "or env:NAME. By default memory://.",
     )
-    timeout: Annotated[int, Duration()] = _default("50ms", "How long another machine's answer is waited for.")
+    timeout: Annotated[int, Duration()] = default("50ms", "How long another machine's answer is waited for.")
     max_keys: Integer = Field(
         1_000_000, ge=1, description="Keys held at most. New ones beyond it share one bucket a rule."
     )
@@ -319,7 +308,7 @@ class StoreSettings(_Model):
     )
 
 
-class IdentitySettings(_Model):
+class IdentitySettings(Model):
     """Who is asking."""
 
     trusted_proxies: Annotated[Strings, AfterValidator(_networks)] = Field(
@@ -336,27 +325,28 @@ class IdentitySettings(_Model):
         BeforeValidator(lambda value: value if value is None else _user(value), json_schema_input_type=str | None),
     ] = Field(
         None,
-        description='"header:NAME" (believed from trusted proxies) or "package.module:function" of the request.',
+        description='"session:NAME" (a member of the session), "bearer:NAME" (a claim of a foreign token), '
+        '"header:NAME" (believed from trusted proxies) or "package.module:function" of the request.',
     )
     api_key: Annotated[str, AfterValidator(_api_key)] = Field(
         "header:X-API-Key",
         description='Where the part api_key is: header:NAME, cookie:NAME, query:NAME or "bearer".',
     )
-    max_body: Annotated[int, Size(1, 1 << 16)] = _default(
+    max_body: Annotated[int, Size(1, 1 << 16)] = default(
         "64KiB", "How much of a body is read for keys of form and JSON fields. A longer one is answered 413."
     )
 
 
-class PenaltySettings(_Model):
+class PenaltySettings(Model):
     """When a key that is refused again and again is banned, and for how long."""
 
     strikes: Integer = Field(10, ge=1, le=1_000_000, description="So many refusals")
-    within: Annotated[int, Duration()] = _default("10m", "within so long")
-    ban: Annotated[int, Duration()] = _default("1m", "ban the key for so long, each time twice as long,")
-    at_most: Annotated[int, Duration()] = _default("1d", "up to so long.")
+    within: Annotated[int, Duration()] = default("10m", "within so long")
+    ban: Annotated[int, Duration()] = default("1m", "ban the key for so long, each time twice as long,")
+    at_most: Annotated[int, Duration()] = default("1d", "up to so long.")
 
 
-class LimitSettings(_Model):
+class LimitSettings(Model):
     """A rule: which requests, whose quota, how much."""
 
     model_config = ConfigDict(
@@ -370,7 +360,7 @@ class LimitSettings(_Model):
     concurrency: Integer | None = Field(
         None, ge=1, le=10**6, description="In place of a rate: at most so many in progress."
     )
-    lease: Annotated[int, Duration()] = _default(
+    lease: Annotated[int, Duration()] = default(
         "1m", "How long one in progress counts whose process died. (Who lives renews it.)"
     )
     match: Annotated[str, AfterValidator(_pattern)] | None = Field(
@@ -432,7 +422,7 @@ class LimitSettings(_Model):
         return [one for one in (*self.key, self.cost, self.tier, *self.exempt) if callable(one)]
 
 
-class AccessSettings(_Model):
+class AccessSettings(Model):
     """Who is let through, and who is not answered, whatever the rules."""
 
     allow: Annotated[Strings, AfterValidator(_listed_networks)] = Field(
@@ -441,10 +431,10 @@ class AccessSettings(_Model):
     deny: Annotated[Strings, AfterValidator(_listed_networks)] = Field(
         [], description="Networks that are answered 403. Who is in both is let through."
     )
-    reload: Annotated[int, Duration()] = _default("10s", "How often the files are looked at for a change.")
+    reload: Annotated[int, Duration()] = default("10s", "How often the files are looked at for a change.")
 
 
-class ResponseSettings(_Model):
+class ResponseSettings(Model):
     """What responses tell."""
 
     fields: Boolean = Field(True, description="RateLimit and RateLimit-Policy on each response a rule applied to.")
@@ -452,7 +442,7 @@ class ResponseSettings(_Model):
         None,
         description="X-RateLimit-Limit, -Remaining and -Reset, too: the last in seconds from now, or as a time.",
     )
-    retry_jitter: Annotated[int, Duration(zero=True)] = _default(
+    retry_jitter: Annotated[int, Duration(zero=True)] = default(
         "0s", "Up to so much is added to Retry-After, so that those refused together do not return together."
     )
     body: Annotated[str, Field(max_length=1 << 16)] | None = Field(
@@ -481,7 +471,7 @@ def _handler(value: object) -> Callable[..., Any]:
 _HANDLER_EXPECTED: Final = 'expected "package.module:function" or a function, of the ticket and its Refusal'
 
 
-class ListenSettings(_Model):
+class ListenSettings(Model):
     """Where the gateway listens, and what it bears with from clients."""
 
     address: Annotated[str, AfterValidator(lambda text: str(parse_address(text)))] = Field(
@@ -493,26 +483,26 @@ class ListenSettings(_Model):
         "x-forwarded",
         description="What upstreams are told of the client: X-Forwarded-For, -Proto, -Host; Forwarded; or nothing.",
     )
-    head_timeout: Annotated[int, Duration()] = _default(
+    head_timeout: Annotated[int, Duration()] = default(
         "10s", "How long after its first byte the head of a request may take, and a new connection to begin one."
     )
-    idle_timeout: Annotated[int, Duration()] = _default(
+    idle_timeout: Annotated[int, Duration()] = default(
         "75s", "How long a client's connection is kept without a request."
     )
-    body_timeout: Annotated[int, Duration()] = _default(
+    body_timeout: Annotated[int, Duration()] = default(
         "30s", "The longest pause of a request's body, and of a client that does not read its response."
     )
-    least_rate: Annotated[int, Size(0, 1 << 30)] = _default(
+    least_rate: Annotated[int, Size(0, 1 << 30)] = default(
         256, "Bytes a second that a request's body must bring, taken over body_timeout; 0: as slow as it likes."
     )
-    drain_timeout: Annotated[int, Duration(zero=True)] = _default(
+    drain_timeout: Annotated[int, Duration(zero=True)] = default(
         "10s", "How long requests may take to finish once the gateway is asked to end."
     )
-    max_head: Annotated[int, Size(1 << 10, 1 << 24)] = _default(
+    max_head: Annotated[int, Size(1 << 10, 1 << 24)] = default(
         "32KiB", "The greatest head of a request: its line and its fields."
     )
     max_fields: Integer = Field(100, ge=1, le=10_000, description="The most fields of a request.")
-    max_body: Annotated[int, Size()] = _default("1GiB", "The greatest body of a request.")
+    max_body: Annotated[int, Size()] = default("1GiB", "The greatest body of a request.")
     max_connections: Integer = Field(
         16_384, ge=1, le=1_000_000, description="Connections of clients at a time. More are closed at once."
     )
@@ -530,13 +520,13 @@ class ListenSettings(_Model):
         return parse_address(self.address)
 
 
-class UpstreamSettings(_Model):
+class UpstreamSettings(Model):
     """A service that answers."""
 
     url: Annotated[str, AfterValidator(lambda text: upstream_url(parse_upstream(text)))] = Field(
         description='"http://host:port" (port 80 if there is none), or "http+unix:///path" of a socket.'
     )
-    id: str = _default(
+    id: str = default(
         None, "What it is known by, of its own in the pool: hashing and health go by it. By default the URL."
     )
     weight: Integer = Field(1, ge=1, le=MOST_WEIGHT, description="Its share beside the others'.")
@@ -557,17 +547,17 @@ class UpstreamSettings(_Model):
         return parse_upstream(self.url)
 
 
-class HealthSettings(_Model):
+class HealthSettings(Model):
     """When an upstream is passed over because its answers fail."""
 
     failures: Integer = Field(3, ge=1, le=1_000_000, description="So many in a row eject it.")
-    eject_for: Annotated[int, Duration()] = _default(
+    eject_for: Annotated[int, Duration()] = default(
         "10s", "For how long at first; longer each time. Then one request is its trial."
     )
-    eject_at_most: Annotated[int, Duration()] = _default("5m", "For how long at most.")
+    eject_at_most: Annotated[int, Duration()] = default("5m", "For how long at most.")
 
 
-class PoolSettings(_Model):
+class PoolSettings(Model):
     """Upstreams that answer the same requests, and how one of them is chosen."""
 
     policy: Annotated[str | Callable[..., Any], BeforeValidator(_policy, json_schema_input_type=str)] = Field(
@@ -585,19 +575,19 @@ class PoolSettings(_Model):
         list[UpstreamSettings],
         BeforeValidator(_upstreams, json_schema_input_type=str | list[str | UpstreamSettings]),
     ] = Field(description="URLs, or tables with a url.")
-    connect_timeout: Annotated[int, Duration()] = _default("2s", "How long connecting to an upstream may take.")
-    response_timeout: Annotated[int, Duration()] = _default(
+    connect_timeout: Annotated[int, Duration()] = default("2s", "How long connecting to an upstream may take.")
+    response_timeout: Annotated[int, Duration()] = default(
         "30s", "How long an upstream may take until the head of its response."
     )
-    read_timeout: Annotated[int, Duration()] = _default("60s", "The longest pause of a response's body.")
-    idle_timeout: Annotated[int, Duration(zero=True)] = _default(
+    read_timeout: Annotated[int, Duration()] = default("60s", "The longest pause of a response's body.")
+    idle_timeout: Annotated[int, Duration(zero=True)] = default(
         "4s",
         "How long an unused connection to an upstream is kept: less than the upstream keeps it. 0s: not at all.",
     )
     health: HealthSettings = Field(default_factory=HealthSettings)
 
 
-class RouteSettings(_Model):
+class RouteSettings(Model):
     """Which requests a pool answers."""
 
     match: Annotated[str, AfterValidator(_pattern)] = Field(
@@ -606,13 +596,14 @@ class RouteSettings(_Model):
     pool: str = Field(description="The name of a pool.")
 
 
-class Settings(_Model):
+class Settings(Model):
     """All settings."""
 
     enabled: Boolean = Field(True, description="Whether anything is limited at all.")
     store: StoreSettings = Field(default_factory=StoreSettings)
     access: AccessSettings = Field(default_factory=AccessSettings)
     identity: IdentitySettings = Field(default_factory=IdentitySettings)
+    session: SessionSettings | None = Field(None, description="What is remembered of clients; None: nothing.")
     response: ResponseSettings = Field(default_factory=ResponseSettings)
     limits: list[LimitSettings] = Field([], description="The rules. All that match a request apply to it.")
     listen: ListenSettings = Field(default_factory=ListenSettings)

@@ -203,13 +203,19 @@ def proper_name(text: str) -> str:
     return text
 
 
+def resolved(text: str) -> str:
+    """A text, or what the environment holds under the name behind `env:`. Raises ValueError if that is nothing."""
+    if not text.startswith("env:"):
+        return text
+    found = os.environ.get(text.removeprefix("env:"))
+    if not found:
+        raise ValueError("expected the name of an environment variable that is set, behind env:")
+    return found
+
+
 def store_url(text: str) -> str:
     """The URL of a store, what stands in the environment looked up. Raises ValueError."""
-    if text.startswith("env:"):
-        found = os.environ.get(text.removeprefix("env:"))
-        if not found:
-            raise ValueError("expected the name of an environment variable that is set, behind env:")
-        text = found
+    text = resolved(text)
     if not re.fullmatch(STORE_PATTERN, text) or text.startswith("env:"):
         raise ValueError(STORE_EXPECTED)
     return text
