@@ -22,6 +22,7 @@ from gatekeeper.http.message import Request
 from gatekeeper.http.parts import only, part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.identity import Identity
+from gatekeeper.keyfiles import Keys
 from gatekeeper.ratelimit.algorithms import NS, Penalty
 from gatekeeper.ratelimit.fields import Manner
 from gatekeeper.ratelimit.rates import Rate, parse_rates
@@ -38,13 +39,14 @@ from gatekeeper.settings import (
     load_settings,
     parse_upstream,
 )
-from gatekeeper.storage import checked_store, open_store
+from gatekeeper.storage import checked_store, open_sessions, open_store
 from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.ticket import Ticket
 from gatekeeper.upkeep import Leases, NetworkFiles
 from gatekeeper.upstreams.health import Ejection
 from gatekeeper.upstreams.policies import POLICIES, RingOrder
 from gatekeeper.upstreams.pool import Pool, Upstream
+from gatekeeper.user_sessions import UserSessions, sessions_of
 
 _LOG: Final = logging.getLogger("gatekeeper")
 
@@ -85,12 +87,16 @@ class Gatekeeper:
         self._is_failing = False
         self._finishing: set[asyncio.Task[None]] = set()
         self._leases = Leases(self._ask)
+        self.keys = Keys(self.settings.keys, _LOG.warning) if self.settings.keys else None
+        """The ring of the settings' keys; None without any."""
         self.gate = self._gate = _gate(self.settings, self._files, self._leases, workers)
         self.gate.keeper = self
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
         self.use(open_store(self.settings.store, _limits(self._gate)) if store is None else store)
-        self.sessions = self._gate.sessions = None
+        self.sessions = self._sessions()
+        """The sessions of users; None without `[session]`."""
+        self._gate.sessions = None if self.sessions is None else self.sessions.flow
         self._punishing = [rule.penalty for rule in self.gate.rules if rule.penalty is not None]
         self._files.watch()
         self.enabled = self.settings.enabled
@@ -139,6 +145,7 @@ class Gatekeeper:
         elif not self.gate.off:
             self.gate = Gate((), _identity(self.settings.identity), manner=Manner(fields=False))
             self.gate.off, self.gate.keeper, self.gate.route = True, self, self._gate.route
+            self.gate.sessions = self._gate.sessions
 
     def finish(self, ticket: Ticket) -> None:
         """End a request or a call: once, when its outcome is known. The ticket's `sent` and `ended` tell it."""
@@ -154,6 +161,22 @@ class Gatekeeper:
             self._finishing.add(task)
             task.add_done_callback(self._finishing.discard)
             await asyncio.shield(task)
+
+    def _sessions(self) -> UserSessions | None:
+        settings = self.settings
+        if settings.session is None:
+            return None
+        if self.keys is None:
+            raise SettingsError(['keys: expected some for [session], such as keys = ["env:GATEKEEPER_KEY"]'])
+        user = settings.identity.user
+        kind, _, name = user.partition(":") if isinstance(user, str) else ("", "", "")
+        return sessions_of(
+            settings.session,
+            self.keys.ring,
+            open_sessions(settings, self.store),
+            user=name if kind == "session" else "sub",
+            warn=_LOG.warning,
+        )
 
     def rule(self, limit: LimitSettings, space: str, route: str | None = None) -> Rule:
         """A rule that is not of the settings, for a guard; `route` is what its key's part "route" stands for.
@@ -261,9 +284,13 @@ class Gatekeeper:
 
     def close(self) -> None:
         """Let go of what the store holds. The counters in memory are forgotten."""
+        if self.sessions is not None and self.sessions.flow.store is not None:
+            self.sessions.flow.store.close()
         self.store.close()
 
     async def aclose(self) -> None:
+        if self.sessions is not None and self.sessions.flow.store is not None:
+            await self.sessions.flow.store.aclose()
         await self.store.aclose()
 
     def __repr__(self) -> str:
@@ -445,7 +472,8 @@ def _identity(settings: IdentitySettings) -> Identity:
         unix="unix" in settings.trusted_proxies,
         header=settings.header.lower(),
         ipv6_prefix=settings.ipv6_prefix,
-        user_field=user.partition(":")[2].lower() if isinstance(user, str) else None,
+        user_field=user.partition(":")[2].lower() if isinstance(user, str) and user.startswith("header:") else None,
+        by_session=isinstance(user, str) and user.startswith("session:"),
         user=user if callable(user) else None,
         api_key=_bearer if settings.api_key == "bearer" else cast(Any, part(settings.api_key)),
     )

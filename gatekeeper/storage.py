@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from gatekeeper.commands import Limit, Store
+from gatekeeper.commands import Limit, SessionStore, Store
 from gatekeeper.errors import SettingsError, StoreError
-from gatekeeper.settings import StoreSettings, store_scheme
+from gatekeeper.settings import Settings, StoreSettings, store_scheme
 from gatekeeper.stores.memory import MemoryStore
+from gatekeeper.stores.sessions.memory import MemorySessions
 
 
 def _memory(url: str, settings: StoreSettings) -> Store:
@@ -42,6 +43,33 @@ STORES: Final[dict[str, Callable[[str, StoreSettings], Store]]] = {
     "limits": _limits,
 }
 """Stores by their kind, as `store_scheme` tells it of a URL."""
+
+
+def _memory_sessions(url: str, settings: Settings, store: Store) -> SessionStore:
+    return MemorySessions()
+
+
+SESSION_STORES: Final[dict[str, Callable[[str, Settings, Store], SessionStore]]] = {
+    "memory": _memory_sessions,
+}
+"""Stores of sessions by their kind. `store` is the one that limits are counted in: it may be on the same server."""
+
+
+def open_sessions(settings: Settings, store: Store) -> SessionStore | None:
+    """The store of sessions that settings name; None if they need none. Raises SettingsError, MissingExtra."""
+    session = settings.session
+    if session is None or (session.kind == "token" and session.store is None):
+        return None
+    url = session.store or settings.store.url or "memory://"
+    kind = store_scheme(url)
+    try:
+        return SESSION_STORES[kind](url, settings, store)
+    except KeyError:
+        raise SettingsError(
+            [f"session.store: expected one of {', '.join(SESSION_STORES)}: {kind} keeps no sessions"]
+        ) from None
+    except (ValueError, StoreError) as error:  # whose messages never show a URL
+        raise SettingsError([f"session.store: {error}"]) from None
 
 
 def open_store(settings: StoreSettings, limits: Iterable[Limit] = ()) -> Store:

@@ -17,7 +17,7 @@ FLOORS: Final[dict[str, int]] = {
             "identity ratelimit sessions affinity upstreams",
             "gate ticket",
             "stores proxy",
-            "settings storage upkeep user_sessions keeper limiter decorators",
+            "settings storage upkeep keyfiles user_sessions keeper limiter decorators",
             "asgi coverage gateway testing wsgi",
             "cli",
         )

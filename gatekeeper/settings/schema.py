@@ -26,6 +26,7 @@ from gatekeeper.http.routes import Pattern
 from gatekeeper.ratelimit.rates import parse_rates
 from gatekeeper.ratelimit.rules import KEYS, KeyPartError, key_part
 from gatekeeper.settings.base import Boolean, Integer, Model, Strings, as_list, default
+from gatekeeper.settings.keys import Keys
 from gatekeeper.settings.session import SessionSettings
 from gatekeeper.settings.values import (
     OBJECT,
@@ -600,6 +601,11 @@ class Settings(Model):
     """All settings."""
 
     enabled: Boolean = Field(True, description="Whether anything is limited at all.")
+    keys: Keys = Field(
+        [],
+        repr=False,
+        description="What signs sessions, pins and identities: the first key. The others still verify.",
+    )
     store: StoreSettings = Field(default_factory=StoreSettings)
     access: AccessSettings = Field(default_factory=AccessSettings)
     identity: IdentitySettings = Field(default_factory=IdentitySettings)
