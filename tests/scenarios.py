@@ -338,6 +338,21 @@ SCENARIOS: list[Scenario] = [
         ],
     ),
     Scenario(
+        "a JSON document that can be read in several ways is refused, and spends nothing",
+        {"limits": [rule("login", "1/minute", match="POST /login", key="json:login")]},
+        [
+            *[
+                (posted("/login", body, kind="application/json"), Then(400, {"ratelimit": None}, refused=True))
+                for body in (
+                    b'{"login": "bob", "Login": "eve"}',
+                    b'{"login": "bob", "x": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+                    b'{"login": ' + b"7" * 5000 + b"}",
+                )
+            ],
+            (posted("/login", b"{}", kind="application/json"), OK),
+        ],
+    ),
+    Scenario(
         "the response tells what a request has cost, and clients do not see that",
         {"limits": [rule("rows", "10/minute", cost=5, settle="header:X-Cost")]},
         [

@@ -27,7 +27,10 @@ _OTHER: Final = re.compile(
 
 
 class AmbiguousField(ValueError):
-    """A field stands in a body more than once: which of them the application believes cannot be known."""
+    """A field stands in a body more than once, or the body can be read in several ways.
+
+    What the application believes cannot be known.
+    """
 
 
 def form_field(content_types: list[str], body: bytes, name: str) -> str | None:
@@ -59,22 +62,38 @@ def _unquoted(text: bytes) -> bytes:
 def json_field(body: bytes, path: str) -> str | None:
     """The text, number or truth at a path ("user.name") of a JSON document, whatever its content type says.
 
-    None if the body is none, or nothing of the kind is there. Raises AmbiguousField for a member that is repeated
-    on the way (RFC 8259, 4: what is made of it differs).
+    None if the body is no object, or nothing of the kind is there. Raises AmbiguousField for a member that is
+    repeated on the way or spelled in another case (RFC 8259, 4: what is made of the first differs, and some parsers
+    take the second), and for an object that cannot be read: parsers more lenient or deeper than ours may read it.
     """
+    text = body.decode(json.detect_encoding(body), "replace")
     try:
-        value: Any = json.loads(body, object_pairs_hook=_Object)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        value: Any = json.loads(text, object_pairs_hook=_Object)
+    except RecursionError:
+        raise AmbiguousField from None
+    except ValueError:  # among them that of a number with more digits than Python reads
+        if text.lstrip().startswith("{"):
+            raise AmbiguousField from None
         return None
     for name in path.split("."):
         if not isinstance(value, _Object):
             return None
-        value = _only([held for key, held in value if key == name])
+        value = _named(value, name)
+    if isinstance(value, float) and value.is_integer():  # 7.0 is 7
+        value = int(value)
     return as_text(value)
 
 
 class _Object(list[tuple[str, Any]]):
     """The members of a JSON object, as they came."""
+
+
+def _named(members: _Object, name: str) -> Any:
+    folded = name.casefold()
+    found = [(key, value) for key, value in members if key.casefold() == folded]
+    if any(key != name for key, _ in found):
+        raise AmbiguousField
+    return _only([value for _, value in found])
 
 
 def _only(values: list[Any]) -> Any:

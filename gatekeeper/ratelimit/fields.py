@@ -77,7 +77,7 @@ def retry_seconds(verdicts: Sequence[Verdict]) -> int | None:
 
 
 _PROBLEMS: Final = {
-    400: (None, "Bad Request", "A field that the request is counted by is given more than once."),
+    400: (None, "Bad Request", "The field of the body that the request is counted by can be read in several ways."),
     403: (None, "Forbidden", "Requests from this address are not answered."),
     413: (None, "Content Too Large", "The body is longer than what is read to count the request by."),
     429: (QUOTA_EXCEEDED, "Too Many Requests", "The request would exceed a quota."),
