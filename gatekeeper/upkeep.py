@@ -42,6 +42,7 @@ class Leases:
         self._lock = threading.Lock()
         self._held: dict[Ticket, float] = {}
         self._pid = 0
+        self._error: Exception | None = None
 
     def __len__(self) -> int:
         return len(self._held)
@@ -73,6 +74,9 @@ class Leases:
             due = [(ticket, period) for ticket, period in due if now - self._held[ticket] >= period / 3]
         for ticket, _ in due:
             self._renew(ticket)
+        error, self._error = self._error, None
+        if error is not None:  # told once a look, not once a ticket
+            raise error
         return _PAUSE
 
     def _renew(self, ticket: Ticket) -> None:
@@ -88,15 +92,23 @@ class Leases:
         for charge, receipt in zip(charges, receipts, strict=True):
             limit, key, cost, verdict = charge
             local = limit.standin is None
-            reply = self._ask(Batch([(limit, key, cost)], gives=[(limit, key, cost, receipt)], local=local))[0]
+            replies = self._asked(Batch([(limit, key, cost)], gives=[(limit, key, cost, receipt)], local=local))
             # Where the store did not answer the old lease may still stand.
-            renewed = reply.receipt if isinstance(reply, Verdict) else receipt
+            renewed = replies[0].receipt if replies and isinstance(replies[0], Verdict) else receipt
             with self._lock:
                 if ticket in self._held:
                     verdict.receipt = renewed
                     continue
             if renewed is not None:
-                self._ask(Batch(gives=[(limit, key, cost, renewed)], local=local))
+                self._asked(Batch(gives=[(limit, key, cost, renewed)], local=local))
+
+    def _asked(self, batch: Batch) -> Replies:
+        """What the store replies; nothing, where one of the user's own raised: the receipts must not be lost."""
+        try:
+            return self._ask(batch)
+        except Exception as error:
+            self._error = error
+            return []
 
 
 def _is_lease(charge: Charge) -> bool:

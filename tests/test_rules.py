@@ -19,6 +19,7 @@ from gatekeeper.errors import StoreError
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.testing import VirtualClock, virtual_store
 from gatekeeper.ticket import Ticket
+from gatekeeper.upkeep import start_thread
 
 
 class Asked(ScopeRequest, Ticket):
@@ -348,6 +349,48 @@ def test_a_request_that_ends_while_its_lease_is_renewed_leaves_none_behind() -> 
     policy.keeper.store = store
     assert ended
     assert policy.begin().refused == 0
+
+
+def test_leases_outlast_a_store_that_raises_and_are_renewed_when_it_answers_again() -> None:
+    limits = [{"concurrency": 1, "lease": "60s"}, {"concurrency": 9, "lease": "60s", "key": "global"}]
+    policy = Policy(*limits)
+    ticket, leases, store = policy.begin(), policy.keeper._leases, policy.keeper.store
+
+    class Raising:
+        local = True
+
+        def ask(self, batch: Any) -> Any:
+            raise ZeroDivisionError
+
+    policy.clock.advance(30)
+    policy.keeper.store = Raising()  # type: ignore[assignment]
+    leases._renew(ticket)
+    policy.keeper.store = store
+    policy.clock.advance(25)
+    leases._renew(ticket)
+    policy.clock.advance(50)
+    assert policy.begin().refused == 429
+    assert policy.begin(peer="192.0.2.2").verdicts[1].remaining == 7
+    policy.end(ticket)
+    assert policy.begin().verdicts[1].remaining == 7
+
+
+def test_what_goes_on_beside_the_requests_outlives_an_exception(caplog: pytest.LogCaptureFixture) -> None:
+    looks: list[int] = []
+    again = threading.Event()
+
+    class Work:
+        def __call__(self) -> float:
+            looks.append(1)
+            if len(looks) == 1:
+                raise ZeroDivisionError
+            again.set()
+            return 60
+
+    work = Work()
+    start_thread("gatekeeper-test", work, 0.001)
+    assert again.wait(15)
+    assert "gatekeeper-test: a look failed" in caplog.text
 
 
 # Tiers, exemptions, access, scopes, overrides
