@@ -147,6 +147,10 @@ class Gate:
         """The client's address itself; None if it has none."""
         return self._identity.ip(request)
 
+    def spares(self, request: Request) -> bool:
+        """Whether the client is of a network that is never limited."""
+        return self._access is not None and self._identity.ip(request) in self._access.allow
+
     def api_key(self, request: Request) -> str | None:
         """The API key that the client sent."""
         return self._identity.api_key(request)

@@ -47,6 +47,8 @@ class Policy(Protocol):
 
     def ip(self, request: Request) -> Address | None: ...
 
+    def spares(self, request: Request) -> bool: ...
+
     def api_key(self, request: Request) -> str | None: ...
 
     @property
@@ -121,12 +123,13 @@ class Ticket(Request):
         """A ticket of another gate for the same request, to which nothing has been charged."""
         other = copy(self)
         for name in (
-            "user", "spared", "claims", "answers", "settled", "refused", "rules", "hits", "verdicts", "is_open",
+            "user", "claims", "answers", "settled", "refused", "rules", "hits", "verdicts", "is_open",
             "asked_user", "limited",
         ):  # fmt: skip
             other.__dict__.pop(name, None)
         other.gate = gate
         other.address = gate.address(other)
+        other.spared = gate.spares(other)
         return other
 
     @property

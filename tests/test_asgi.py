@@ -179,6 +179,35 @@ def test_two_policies_around_each_other_both_hold() -> None:
     assert [run(app, http())[0]["status"] for _ in range(3)] == [200, 429, 429]
 
 
+@pytest.mark.parametrize(
+    ("sparing", "statuses"), [("outer", [200, 429]), ("inner", [200, 429]), ("both", [200, 200])]
+)
+def test_a_network_that_one_policy_spares_is_limited_by_the_other(sparing: str, statuses: list[int]) -> None:
+    def policy(name: str) -> dict[str, Any]:
+        access = {"allow": "192.0.2.0/24"} if sparing in (name, "both") else {}
+        return {"limits": [{"name": name, "rate": "1/minute"}], "access": access}
+
+    app = GatekeeperMiddleware(GatekeeperMiddleware(hello, policy("inner")), policy("outer"))
+    assert [run(app, http())[0]["status"] for _ in range(2)] == statuses
+
+
+@pytest.mark.parametrize("spared_by", ["ours", "theirs"])
+def test_a_limited_function_under_another_policy_spares_whom_its_own_spares(spared_by: str) -> None:
+    access = {"access": {"allow": "192.0.2.0/24"}}
+    keeper = Gatekeeper(access if spared_by == "ours" else {})
+
+    @keeper.limit("1/minute")
+    async def limited() -> None:
+        pass
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await limited()
+        await hello(scope, receive, send)
+
+    outer = GatekeeperMiddleware(app, access if spared_by == "theirs" else {})
+    assert [run(outer, http())[0]["status"] for _ in range(2)] == [200, 200 if spared_by == "ours" else 429]
+
+
 def test_the_ticket_is_in_the_scope_and_is_not_kept_alive_by_a_cycle() -> None:
     class Thing:
         pass
