@@ -233,6 +233,32 @@ def test_what_a_server_does_too_late_is_given_back(server: Server) -> None:
     asyncio.run(main())
 
 
+def test_a_connection_on_which_the_server_was_late_is_closed_once_its_answers_are_read(server: Server) -> None:
+    async def main() -> None:
+        one = limit(1000)
+        store = RedisStore(server.url, timeout=0.05)
+        for _ in range(4):
+            assert (await store.aask([(one, "key", 1)]))[0].allowed
+            server.call("CLIENT", "PAUSE", 150)
+            assert not (await store.aask([(one, "key", 1)]))[0].allowed
+            for _ in range(400):  # a new connection, once the server goes on
+                if (await store.aask([(one, "key", 0)]))[0].allowed:
+                    break
+                await asyncio.sleep(0.01)
+
+        def others() -> int:
+            return bytes(server.call("CLIENT", "LIST")).count(b"\n") - 1  # all but who asks
+
+        for _ in range(400):
+            if others() == 1:
+                break
+            await asyncio.sleep(0.01)
+        assert others() == 1
+        await store.aclose()
+
+    asyncio.run(main())
+
+
 def test_under_load_no_question_waits_much_longer_than_the_timeout_while_the_server_is_paused(
     server: Server,
 ) -> None:

@@ -46,7 +46,7 @@ class Line(asyncio.Protocol):
         self._gets, self._feed = (reader := hiredis.Reader()).gets, reader.feed
         self._transport: asyncio.Transport | None = None
         self._socket: socket.socket | None = None
-        self._outbox: list[bytes] = []
+        self._outbox: deque[bytes] = deque()
         self._waiting: deque[tuple[asyncio.Future[Answer] | None, Hits | None, float]] = deque()
         self._greeted: deque[asyncio.Future[Answer]] = deque()
         self._is_open = self._is_to_flush = self._is_closed = False
@@ -234,7 +234,7 @@ class Line(asyncio.Protocol):
             # None of it was sent, and now it shall not be.
             while waiting and waiting[0][2] <= now:
                 waiting.popleft()
-                del self._outbox[0]
+                self._outbox.popleft()
         elif late:
             # Others shall not wait behind these: they get a connection of their own.
             self._home.drop(self._address, self)
