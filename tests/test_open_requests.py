@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def plain(environ: dict[str, Any], start_response: Any) -> list[bytes]:
     return [b"o", b"k"]
 
 
-@pytest.mark.parametrize("ending", ["ends", "is left", "fails"])
+@pytest.mark.parametrize("ending", ["ends", "is left", "fails", "is forgotten"])
 def test_wsgi_a_slot_is_free_again_however_its_request_ends(ending: str) -> None:
     def failing(environ: dict[str, Any], start_response: Any) -> Any:
         start_response("200 OK", [])
@@ -229,7 +230,11 @@ def test_wsgi_a_slot_is_free_again_however_its_request_ends(ending: str) -> None
     if ending == "fails":
         with pytest.raises(ZeroDivisionError):
             list(body)
-    body.close()  # type: ignore[attr-defined]
+    if ending == "is forgotten":
+        del body  # by a server that never closes it
+        gc.collect()
+    else:
+        body.close()  # type: ignore[attr-defined]
     middleware.app = plain
     status, body = begun(middleware)
     assert status == 200
@@ -342,6 +347,32 @@ def test_gateway_a_slot_is_free_again_when_the_client_leaves(tmp_path: Path) -> 
         stage.up.until(lambda: not stage.up.open)
         stage.up.script = answering(says(b"ok"))
         assert [stage.ask(request("GET /")).status for _ in range(3)] == [200, 200, 200]
+
+
+STUBBORN = """
+import asyncio
+
+async def key(request):
+    if request.path == "/slow":
+        print("asked", flush=True)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            print("goes on", flush=True)
+    return "all"
+"""
+
+
+def test_gateway_a_slot_is_free_again_though_a_function_goes_on_when_its_client_has_left(tmp_path: Path) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN, encoding="utf-8")
+    busy = {"limits": [{"name": "busy", "concurrency": 1, "key": "stubborn:key"}]}
+    with staged(tmp_path, one_service(**busy)) as stage:
+        stage.up.script = answering(says(b"ok"))
+        with Client(stage.gateway.port) as client:
+            client.send(request("GET /slow"))
+            stage.gateway.until_line(lambda line: line == "asked\n")
+        stage.gateway.until_line(lambda line: line == "goes on\n")
+        assert stage.ask(request("GET /")).status == 200
 
 
 def test_gateway_waits_for_the_body_that_it_counts_by_and_asks_for_it(tmp_path: Path) -> None:
