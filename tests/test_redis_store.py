@@ -404,6 +404,16 @@ def test_keys_of_a_glob_are_those_of_the_very_rule(make: Make) -> None:
     assert [store.keys(ban) for ban in bans] == [[f"key{place}"] for place in range(5)]
 
 
+@pytest.mark.parametrize("tag", [b"\xff", b"a{b", b"%zz", b""])
+def test_keys_of_others_in_the_same_database_are_not_listed(tag: bytes, server: Server, make: Make) -> None:
+    mine = prefix()
+    store, ban = make(prefix=mine), bound(Penalty(1, NS, 60 * NS, 60 * NS), "a")
+    store.ask([(ban, "banned", 1)])
+    (name,) = server.call("KEYS", f"{mine}*")
+    server.call("SET", name.replace(b"banned", tag), "theirs")
+    assert store.keys(ban) == ["banned"]
+
+
 def test_foreign_data_under_a_key_is_an_error_of_the_batch_that_spends_nothing(server: Server, make: Make) -> None:
     mine = prefix()
     store = make(prefix=mine)

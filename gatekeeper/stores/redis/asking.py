@@ -154,7 +154,9 @@ class Core:
                 cursor, names = answer
                 for name in names:
                     if name.startswith(before) and name.endswith(after):
-                        found[text_of(name[len(before) : len(name) - len(after)])] = None
+                        key = text_of(name[len(before) : len(name) - len(after)])
+                        if key is not None:
+                            found[key] = None
                 if cursor == b"0" or len(found) >= _MOST_KEYS:
                     break
         return list(found)[:_MOST_KEYS]

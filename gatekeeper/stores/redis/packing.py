@@ -97,12 +97,16 @@ def tag_of(key: str, *, listed: bool) -> bytes:
     return raw or b"%"  # of an empty tag a cluster takes the whole key
 
 
-def text_of(tag: bytes) -> str:
-    """The key of a tag that is no digest."""
+def text_of(tag: bytes) -> str | None:
+    """The key of a tag of a listed limit; None for what is no such tag, but the text of somebody else's key."""
     if tag == b"%":
         return ""
     raw = tag.replace(b"%7D", b"}").replace(b"%7B", b"{").replace(b"%25", b"%")
-    return raw.decode("utf-8", "surrogatepass")
+    try:
+        text = raw.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return None
+    return text if tag_of(text, listed=True) == tag else None
 
 
 def slot_of(tag: bytes) -> int:
