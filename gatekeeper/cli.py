@@ -6,6 +6,7 @@ warnings go to standard error.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,8 @@ from gatekeeper import __version__
 from gatekeeper.errors import MissingExtra, SettingsError, StoreError
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.ratelimit.rules import Rule
-from gatekeeper.settings import json_schema, warnings
-from gatekeeper.storage import check_store
+from gatekeeper.settings import json_schema, load_settings, store_scheme, warnings
+from gatekeeper.storage import check_store, is_unused
 from gatekeeper.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -114,16 +115,20 @@ def _app() -> "typer.Typer":
             typer.Option(help="Lift the ban of a key: the rule's name, and the key as listed."),
         ] = None,
     ) -> None:
-        """List the keys that are banned: rule, seconds left and key, a line each. Or lift one of the bans."""
+        """List the keys that are banned: rule, seconds left and key, a line each. Or lift one of the bans.
+
+        What cannot be printed of a key is shown as \\x1b or \\u2028, and read so, too.
+        """
         sys.path.insert(0, "")
         try:
-            keeper = Gatekeeper(file)
-            if isinstance(keeper.store, MemoryStore):
-                raise SettingsError(
-                    [
-                        "store.url: expected a url of a store that processes share, such as shared:///dev/shm/gatekeeper"
-                    ]
-                )
+            settings = load_settings(file)
+            if store_scheme(settings.store.url or "memory://") == "memory":
+                raise SettingsError([_UNSEEN])
+            unused = is_unused(settings.store)
+            keeper = Gatekeeper(settings, store=MemoryStore() if unused else None)
+            if unused:
+                check_store(settings.store, keeper.limits())
+                typer.echo("nothing is counted there yet: no process has used the store", err=True)
         except SettingsError as error:
             wrong(error)
         except MissingExtra as error:
@@ -131,12 +136,12 @@ def _app() -> "typer.Typer":
             raise typer.Exit(2) from None
         try:
             if lift is not None:
-                if keeper.lift(*lift):
+                if keeper.lift(lift[0], _read_back(lift[1])):
                     return
                 typer.echo("the key is not banned", err=True)
                 raise typer.Exit(1)
             for ban in keeper.bans():
-                tell(f"{ban.rule} {ban.seconds:.0f} {ban.key}")
+                tell(f"{ban.rule} {ban.seconds:.0f} {_printable(ban.key)}")
         except KeyError as error:
             typer.echo(error.args[0], err=True)
             raise typer.Exit(2) from None
@@ -152,6 +157,29 @@ def _app() -> "typer.Typer":
         tell(json.dumps(json_schema(), indent=2))
 
     return app
+
+
+_UNSEEN = (
+    "store.url: expected one that processes share, such as shared:///dev/shm/gatekeeper: without it (or with "
+    "memory://) those that serve count where no other process can look, and so do the workers of a gateway"
+)
+
+
+def _printable(key: str) -> str:
+    """A key as it can be printed: in an escape are control characters, what a terminal cannot show, backslashes."""
+    text = "".join(
+        one if one.isprintable() and one != "\\" else one.encode("unicode_escape").decode("ascii") for one in key
+    )
+    encoding = sys.stdout.encoding
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+_ESCAPE = re.compile(r"\\(?:[\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4})")
+
+
+def _read_back(text: str) -> str:
+    """The key that was printed so."""
+    return _ESCAPE.sub(lambda escape: escape[0].encode("ascii").decode("unicode_escape"), text)
 
 
 def _told(keeper: Gatekeeper) -> Iterator[str]:

@@ -103,6 +103,16 @@ def check_store(settings: StoreSettings, limits: Iterable[Limit]) -> None:
         _made(settings).close()
 
 
+def is_unused(settings: StoreSettings) -> bool:
+    """Whether the store is one that is made by who uses it first, and nobody has. Raises MissingExtra."""
+    url = settings.url or "memory://"
+    if store_scheme(url) != "shared":
+        return False
+    from gatekeeper.stores.shared.files import is_made
+
+    return not is_made(url.removeprefix("shared://"))
+
+
 def _made(settings: StoreSettings) -> Store:
     url = settings.url or "memory://"
     try:

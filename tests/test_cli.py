@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import IO
 
@@ -29,7 +30,9 @@ rate = ["5/minute", "20/hour"]
 """
 
 
-def run(*arguments: str | Path, output: IO[str] | int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str | Path, output: IO[str] | int = subprocess.PIPE, encoding: str = "utf-8"
+) -> subprocess.CompletedProcess[str]:
     """The command's outcome, on a terminal so wide that no line is broken."""
     return subprocess.run(
         [COMMAND, *arguments],
@@ -39,7 +42,7 @@ def run(*arguments: str | Path, output: IO[str] | int = subprocess.PIPE) -> subp
         encoding="utf-8",
         check=False,
         timeout=60,
-        env=os.environ | {"COLUMNS": "500", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"},
+        env=os.environ | {"COLUMNS": "500", "NO_COLOR": "1", "PYTHONIOENCODING": encoding, "TERM": "dumb"},
     )
 
 
@@ -241,12 +244,19 @@ def test_check_finds_what_is_wrong_with_the_url_of_a_store_and_opens_nothing(
     assert url.partition("://")[2] not in done.stderr.replace(str(file), "")
 
 
+BANNING = """\
+[store]
+url = "shared://{}"
+size = "1MiB"
+[[limits]]
+name = "a"
+rate = "1/minute"
+penalty = {{ strikes = 1, ban = "10m" }}
+"""
+
+
 def test_bans_are_listed_and_lifted_on_the_command_line(file: Path, tmp_path: Path) -> None:
-    file.write_text(
-        f'[store]\nurl = "shared://{tmp_path}/store"\nsize = "1MiB"\n[[limits]]\nname = "a"\nrate = "1/minute"\n'
-        'penalty = { strikes = 1, ban = "10m" }\n',
-        encoding="utf-8",
-    )
+    file.write_text(BANNING.format(tmp_path / "store"), encoding="utf-8")
     keeper = Gatekeeper(file)
     limit = keeper.gate.rules[0].penalty
     assert limit is not None
@@ -261,5 +271,44 @@ def test_bans_are_listed_and_lifted_on_the_command_line(file: Path, tmp_path: Pa
     assert run("bans", file, "--lift", "a", "192.0.2.1").returncode == 1
     assert run("bans", file).stdout == ""
     keeper.close()
-    file.write_text("", encoding="utf-8")
-    assert run("bans", file).returncode == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_banned_key_is_printed_harmlessly_and_lifted_by_what_was_printed(
+    encoding: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(BANNING.format(tmp_path / "store"), encoding="utf-8")
+    keys = ["=\x1b[2J\n\r\t", "=\\x41", "=\\", "=Bj\xf6rn \u202e \U0001f600", "=\ud800", "", "=" + "\0" * 90]
+    with closing(Gatekeeper(file)) as keeper:
+        penalty = keeper.gate.rules[0].penalty
+        assert penalty is not None
+        for key in keys:
+            keeper.ask(Batch([(penalty, key, 1)]))
+        listed = run("bans", file, encoding=encoding)
+        assert (listed.returncode, listed.stderr) == (0, "")
+        assert listed.stdout.replace("\n", "").isprintable()
+        lines = listed.stdout.splitlines()
+        assert len(lines) == len(keys)
+        for line in lines:
+            rule, _, key = line.split(" ", 2)
+            assert run("bans", file, "--lift", rule, key).returncode == 0
+        assert keeper.bans() == []
+
+
+def test_bans_of_a_store_that_nobody_has_used_are_none_and_nothing_is_made(file: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "store", tmp_path):
+        file.write_text(BANNING.format(folder), encoding="utf-8")
+        listed = run("bans", file)
+        assert (listed.returncode, listed.stdout) == (0, "")
+        assert listed.stderr == "nothing is counted there yet: no process has used the store\n"
+        assert run("bans", file, "--lift", "b", "x").returncode == 2
+        assert run("bans", file, "--lift", "a", "x").returncode == 1
+    assert os.listdir(tmp_path) == [file.name]
+
+
+@pytest.mark.parametrize("store", ["", 'store = { url = "memory://" }', "listen = { workers = 2 }"])
+def test_bans_that_no_other_process_can_see_are_told_to_need_the_url_of_a_store(store: str, file: Path) -> None:
+    file.write_text(store, encoding="utf-8")
+    done = run("bans", file)
+    assert done.returncode == 2
+    assert "store.url: expected one that processes share, such as shared:///dev/shm/gatekeeper" in done.stderr

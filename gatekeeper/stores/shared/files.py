@@ -469,6 +469,11 @@ def opened(path: str, size: int) -> Files:
         return files
 
 
+def is_made(path: str) -> bool:
+    """Whether there is a store in a folder, of this boot or an earlier one. Nothing is made or opened."""
+    return os.path.exists(os.path.join(path, _DATA))
+
+
 OPEN: Final[WeakValueDictionary[str, Files]] = WeakValueDictionary()
 _LEFT: Final[list[lmdb.Environment]] = []  # a parent's, not to be touched in the child
 _HELD: Final[list[Files]] = []  # while the process is forked
