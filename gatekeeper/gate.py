@@ -347,10 +347,9 @@ class Gate:
             hits.append((rule.penalty, key, 0))  # a look: whether the key is banned
         for limit in limits:
             if rule.is_shared:
-                spent = {(other.space, held) for other, held, _ in (*ticket.hits, *hits)}
-                if (limit.space, key) in spent:
-                    continue
-            hits.append((limit, key, cost))
+                _add_shared(hits, ticket, limit, key, cost)
+            else:
+                hits.append((limit, key, cost))
 
     def _settle(self, ticket: Ticket, rules: tuple[Rule, ...], hits: list[Hit], verdicts: Replies) -> Steps[int]:
         """Keep what was decided on the ticket, once what no store decided is decided too."""
@@ -612,6 +611,25 @@ class Gate:
         for local, batch in gives.items():
             if batch:
                 yield Batch(gives=batch, local=local)
+
+
+def _add_shared(hits: list[Hit], ticket: Ticket, limit: RateLimit, key: str, cost: int) -> None:
+    """A hit within a scope: of all rules that a request is under there, the greatest cost is charged, once."""
+    quota = limit.space, key
+    # What was asked for before and refused is not charged: it has no receipt.
+    charged = sum(
+        spent
+        for (other, held, spent), verdict in zip(ticket.hits, ticket.verdicts, strict=True)
+        if (other.space, held) == quota and verdict.receipt is not None
+    )
+    hit: Hit = (limit, key, cost - charged)
+    for place, (other, held, least) in enumerate(hits):
+        if (other.space, held) == quota:
+            if least < cost - charged:
+                hits[place] = hit
+            return
+    if not charged or cost > charged:
+        hits.append(hit)
 
 
 def handled(handler: Callable[[Any, Any], Any], ticket: Ticket, refusal: Refusal) -> Refusal:

@@ -493,6 +493,36 @@ def test_rules_of_one_scope_spend_one_quota_and_a_request_under_both_once() -> N
     assert [policy.ask(path) for path in ("/a/b", "/b", "/a", "/b")] == [200, 200, 200, 429]
 
 
+@pytest.mark.parametrize("costs", [(1, 5), (5, 1), (5, 5), (lambda request: 1, lambda request: 5)])
+def test_of_different_costs_in_one_scope_the_greatest_is_charged_once_whatever_the_order(costs: Any) -> None:
+    limits = [{"rate": ["10/minute", "10/hour"], "scope": "search", "cost": cost} for cost in costs]
+    policy = Policy(*limits)
+    ticket = policy.begin()
+    assert [hit[2] for hit in ticket.hits] == [5, 5]
+    assert [verdict.remaining for verdict in ticket.verdicts] == [5, 5]
+    assert policy.admitted(9) == 1
+
+
+def test_a_function_in_a_scope_charges_what_its_cost_is_above_what_the_request_was_charged() -> None:
+    policy = Policy({"rate": "10/minute", "scope": "search", "cost": 2})
+    guard = Guard("10/minute", None, {"scope": "search", "cost": 6})
+    rule, ticket = guard.rule(policy.keeper, "module.function"), policy.begin()
+    for _ in range(2):  # a request is charged once, however often the function is called
+        assert run(guard.charge(ticket, rule), policy.keeper.ask) == 0
+        assert [hit[2] for hit in ticket.hits] == [2, 4]
+    assert ticket.verdicts[1].remaining == 4
+
+
+def test_what_a_scope_has_refused_is_not_taken_for_charged_when_it_is_called_again() -> None:
+    policy = Policy({"rate": "9/minute"})
+    guard = Guard("1/minute", None, {"scope": "search"})
+    rule = guard.rule(policy.keeper, "module.function")
+    for first in (0, 429):
+        ticket = policy.begin()
+        assert run(guard.charge(ticket, rule), policy.keeper.ask) == first
+        assert run(guard.charge(ticket, rule), policy.keeper.ask) == first
+
+
 def test_a_rule_overrides_those_it_names_and_no_others() -> None:
     policy = Policy(
         {"rate": "2/minute"},
