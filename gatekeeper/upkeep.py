@@ -18,10 +18,14 @@ from typing import Any, Final
 from gatekeeper.commands import Batch, Hits, Replies, Verdict
 from gatekeeper.errors import SettingsError
 from gatekeeper.http.addresses import Network, NetworkError, Networks, parse_network
+from gatekeeper.settings import read_file
 from gatekeeper.ticket import Charge, Ticket
 
 MOST_NETWORKS: Final = 1_000_000
 """The most networks of a file."""
+
+GREATEST_LIST: Final = 32 * 1024 * 1024
+"""The greatest file of networks, in bytes."""
 
 _LEASE: Final = "concurrency"
 _PAUSE: Final = 0.25  # seconds between two looks at the leases
@@ -195,7 +199,7 @@ class NetworkFiles:
             return False
         networks = self._read[path][1] if path in self._read else []
         self._read[path] = version, networks  # what is wrong is told once
-        self._read[path] = version, _parse(path.read_text(encoding="utf-8"))
+        self._read[path] = version, _parse(read_file(path, GREATEST_LIST).decode("utf-8"))
         return True
 
 

@@ -19,7 +19,7 @@ from gatekeeper.errors import StoreError
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.testing import VirtualClock, virtual_store
 from gatekeeper.ticket import Ticket
-from gatekeeper.upkeep import start_thread
+from gatekeeper.upkeep import GREATEST_LIST, start_thread
 
 
 class Asked(ScopeRequest, Ticket):
@@ -482,6 +482,24 @@ def test_a_file_of_networks_that_is_not_there_or_wrong_is_an_error_of_the_settin
         Policy(access={"deny": f"file:{tmp_path}/none"})
     with pytest.raises(SettingsError, match=r"limits\[0\]\.exempt: .*line 1: expected networks"):
         Policy({"rate": "1/minute", "exempt": f"file:{tmp_path}/wrong"})
+    os.truncate(tmp_path / "wrong", GREATEST_LIST + 1)
+    with pytest.raises(SettingsError, match=f"access.deny: .*expected at most {GREATEST_LIST} bytes"):
+        Policy(access={"deny": f"file:{tmp_path}/wrong"})
+
+
+def test_a_file_of_networks_in_whose_place_a_pipe_comes_holds_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "deny"
+    file.write_text("192.0.2.1\n", encoding="utf-8")
+    policy = Policy(access={"deny": [f"file:{file}"]})
+    file.unlink()
+    os.mkfifo(file)
+    for _ in range(2):
+        policy.keeper._files()
+    assert policy.ask(peer="192.0.2.1") == 403
+    (record,) = caplog.records
+    assert "expected a regular file" in record.getMessage()
 
 
 def test_rules_of_one_scope_spend_one_quota_and_a_request_under_both_once() -> None:

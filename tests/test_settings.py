@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from gatekeeper import Gatekeeper
 from gatekeeper.errors import GatekeeperError, SettingsError
 from gatekeeper.settings import (
     GREATEST_FILE,
@@ -931,6 +933,18 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 
 def test_a_directory_in_place_of_a_file_is_told(tmp_path: Path) -> None:
     assert problems_of(tmp_path) == (f"{tmp_path}: Is a directory",)
+
+
+def test_a_pipe_or_a_device_in_place_of_a_file_is_told_and_neither_waited_for_nor_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        expected = "expected a regular file, and no pipe or device"
+        assert problems_of(path) == (f"{path}: {expected}",)
+        networks = {"access": {"deny": f"file:{path}"}}
+        with pytest.raises(SettingsError) as error:
+            Gatekeeper(networks)
+        assert error.value.problems == (f"access.deny: {path}: {expected}",)
 
 
 def test_a_path_that_no_file_can_have_is_told_and_not_as_wrong_toml() -> None:

@@ -5,6 +5,7 @@ from gatekeeper.settings.loading import (
     MOST_PROBLEMS,
     json_schema,
     load_settings,
+    read_file,
     warnings,
 )
 from gatekeeper.settings.schema import (
@@ -54,6 +55,7 @@ __all__ = [
     "nth",
     "parse_address",
     "parse_upstream",
+    "read_file",
     "store_scheme",
     "warnings",
 ]

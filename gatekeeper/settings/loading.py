@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import errno
 import json
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -284,15 +287,30 @@ def load_settings(source: Settings | Mapping[str, Any] | str | Path) -> Settings
     return _validate(source, "")
 
 
+def read_file(path: Path, most: int) -> bytes:
+    """A regular file, of at most so many bytes. Raises OSError, whose `strerror` says why, or ValueError.
+
+    Of a pipe or a device it is not known when it comes, nor whether it ends: neither is waited for.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe that nobody writes to would block
+    with open(file, "rb") as reader:
+        mode = os.fstat(file).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "expected a regular file, and no pipe or device")
+        raw = reader.read(most + 1)
+    if len(raw) > most:
+        raise OSError(errno.EFBIG, f"expected at most {most} bytes")
+    return raw
+
+
 def _load_file(path: Path) -> Settings:
     try:
-        with path.open("rb") as file:
-            raw = file.read(GREATEST_FILE + 1)
+        raw = read_file(path, GREATEST_FILE)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise SettingsError([f"{path}: {reason}"]) from None
-    if len(raw) > GREATEST_FILE:
-        raise SettingsError([f"{path}: expected at most {GREATEST_FILE} bytes"])
     if raw.startswith(codecs.BOM_UTF8):
         raise SettingsError([f"{path}: expected UTF-8 without a byte order mark, and the file begins with one"])
     try:
