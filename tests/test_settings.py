@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -923,6 +924,24 @@ def test_each_error_of_a_file_begins_with_its_path(tmp_path: Path) -> None:
         f"{path}: store.url: expected the URL of a store: memory://, shared:///PATH, redis://HOST:PORT/DB (rediss, redis+cluster, redis+sentinel, unix; or valkey), or a storage URI of limits",
         f'{path}: stroe: unknown key; did you mean "store"?',
     ]
+
+
+def test_no_repr_shows_a_secret_of_the_settings() -> None:
+    url = f"redis://user:{SECRET}@127.0.0.1:1/0"
+    exempt = [f"header:X-Key={SECRET}", "user:bob"]
+    limit = {
+        "name": "a",
+        "rate": "1/minute",
+        "exempt": exempt,
+        "tier": "header:X-Plan",
+        "tiers": {"pro": "2/minute"},
+    }
+    settings = load_settings({"store": {"url": url}, "limits": [limit]})
+    with closing(Gatekeeper(settings)) as keeper:
+        (rule,) = keeper.gate.rules
+        shown = [settings, settings.store, *settings.limits, keeper, keeper.gate, keeper.store, rule, rule.exempt]
+        for one in (*shown, *rule.limits):
+            assert SECRET not in repr(one) + str(one), type(one)
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:

@@ -396,6 +396,7 @@ class LimitSettings(Model):
     ] = Field({}, description='Rates by tier, or "unlimited"; others have the rate of the rule.')
     exempt: Annotated[list[Any], BeforeValidator(_exemptions, json_schema_input_type=str | list[str])] = Field(
         [],
+        repr=False,  # the value of a header may be a password
         description='Who is not limited: networks, "file:PATH" of such, user:NAME, header:NAME=VALUE, functions.',
     )
     scope: Annotated[str, AfterValidator(proper_name)] | None = Field(
