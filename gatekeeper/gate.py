@@ -16,7 +16,7 @@ from gatekeeper.http.addresses import Address, Networks
 from gatekeeper.http.bodies import AmbiguousField, form_field, json_field
 from gatekeeper.http.fields import Fields, wants_problem
 from gatekeeper.http.message import Request
-from gatekeeper.http.parts import Part
+from gatekeeper.http.parts import Part, as_text
 from gatekeeper.http.routes import Pattern, Router, Table
 from gatekeeper.identity import Identity
 from gatekeeper.ratelimit.fields import (
@@ -550,7 +550,9 @@ class Gate:
         if isinstance(user, Mapping):
             ticket.claims = user
             user = user.get("sub")
-        ticket.user = None if user is None else str(user)
+        # No text at all and False (of `known and name`) name nobody: else all who are nobody were one.
+        named = user is not None and user is not False
+        ticket.user = (as_text(user) if isinstance(user, str | int | float) else str(user)) if named else None
 
     def _refuse(self, hits: list[Hit], verdicts: Replies) -> Steps[tuple[int, list[Hit], Replies]]:
         """Some hit was not allowed: refused, or its store did not answer and the rule's policy decides.

@@ -217,6 +217,43 @@ def test_what_a_function_of_the_user_returns_are_claims() -> None:
     assert policy.ask(peer="192.0.2.1") == 200
 
 
+HUGE = 10**5000
+"""More digits than Python writes."""
+
+
+@pytest.mark.parametrize(
+    "value", [HUGE, -HUGE, 2.5, float("nan"), float("inf"), True, "x" * 10**6, "\ud800", "\0"], ids=range(9)
+)
+@pytest.mark.parametrize("which", ["key", "claim", "user"])
+def test_whatever_number_truth_or_text_a_function_returns_is_a_key_of_its_own(which: str, value: Any) -> None:
+    def function(request: Any) -> Any:
+        found = "other" if request.peer == "192.0.2.9" else value
+        return {"sub": "bob", "x": found} if which == "claim" else found
+
+    if which == "key":
+        policy = Policy({"rate": "1/minute", "key": function})
+    else:
+        key = "user" if which == "user" else "claim:x"
+        policy = Policy({"rate": "1/minute", "key": key}, identity={"user": function})
+    assert [policy.ask(peer=peer) for peer in ("192.0.2.1", "192.0.2.2", "192.0.2.9")] == [200, 429, 200]
+
+
+@pytest.mark.parametrize("value", [None, False, ""])
+def test_a_user_that_is_nobody_is_counted_by_address(value: Any) -> None:
+    policy = Policy({"rate": "1/minute", "key": "user"}, identity={"user": lambda request: value})
+    assert [policy.ask(peer=peer) for peer in ("192.0.2.1", "192.0.2.2", "192.0.2.1")] == [200, 200, 429]
+
+
+@pytest.mark.parametrize("cost", [HUGE, -HUGE, -1, 10**9 + 1, 1.0, float("nan"), True, None, "1"], ids=range(9))
+def test_a_function_that_returns_no_cost_raises_what_was_expected_and_charges_nothing(cost: Any) -> None:
+    costs = [cost, 1, 1]
+    policy = Policy({"rate": "1/minute"}, {"rate": "1/minute", "cost": lambda request: costs.pop(0)})
+    with pytest.raises((TypeError, ValueError), match=r"^rule1: expected a cost ") as error:
+        policy.ask()
+    assert len(str(error.value)) < 100
+    assert policy.admitted(2) == 1
+
+
 def test_secrets_lie_in_no_store() -> None:
     policy = Policy(
         *({"rate": "9/minute", "key": key} for key in ("api_key", "cookie:session", "header:Authorization"))

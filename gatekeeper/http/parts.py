@@ -50,6 +50,9 @@ LONGEST_QUERY: Final = 16 * 1024
 LONGEST_COOKIES: Final = 32 * 1024
 """So many characters of the Cookie fields are looked through. What stands behind them is not there."""
 
+_LONGEST_DECIMAL: Final = 2048
+"""The bits of the greatest number that is written in decimal digits: of more than 640 Python may make an error."""
+
 _FIELD: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 _PREFIX: Final = re.compile(r"ip/([0-9]{1,2})(?:/([0-9]{1,3}))?")
 _NAME: Final = re.compile(r"[!-~]{1,64}")
@@ -96,9 +99,11 @@ def only(request: Request, name: str) -> str | None:
 
 
 def as_text(value: object) -> str | None:
-    """A text or a number as text; None for what is neither, and for nothing at all."""
+    """A text, a number or a truth as text; None for what is none of them, and for no text at all."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, int) and value.bit_length() > _LONGEST_DECIMAL:
+        return hex(value)
     return str(value) or None if isinstance(value, str | int | float) else None
 
 
