@@ -65,6 +65,14 @@ def opened(path: Path) -> Iterator[Open]:
         store.close()
 
 
+def damage(path: Path, word: int, value: int) -> None:
+    """Write eight bytes into both heads of the file."""
+    with (path / "gatekeeper.mdb").open("r+b") as file:
+        for head in (0, 4096):
+            file.seek(head + word)
+            file.write(value.to_bytes(8, "little"))
+
+
 def ask(store: SharedStore, *hits: Hit, spend: bool = True) -> list[Verdict]:
     replies = store.ask(list(hits) if spend else Batch(hits, spend=False))
     assert all(isinstance(reply, Verdict) for reply in replies), replies
@@ -459,13 +467,72 @@ class TestFiles:
         assert (path / "gatekeeper.boot").read_text().startswith("gatekeeper shared store, layout 2")
         store.close()
 
-    @pytest.mark.parametrize("damage", [b"", b"not a database" * 1000, bytes(SIZE)])
-    def test_a_damaged_file_is_made_anew(self, path: Path, opened: Open, damage: bytes) -> None:
+    @pytest.mark.parametrize("content", [b"", b"not a database" * 1000, bytes(SIZE)])
+    def test_a_damaged_file_is_made_anew(self, path: Path, opened: Open, content: bytes) -> None:
         store, one = opened(), limit(1)
         ask(store, (one, "key", 1))
         store.close()
-        (path / "gatekeeper.mdb").write_bytes(damage)
+        (path / "gatekeeper.mdb").write_bytes(content)
         assert ask(opened(), (one, "key", 1))[0].allowed
+
+    @pytest.mark.parametrize(
+        ("word", "value"),
+        [
+            (16, 0),  # LMDB's mark
+            (40, 7),  # the size of a page
+            (136, 10**6),  # the last page: behind the end of the file
+            (136, (1 << 64) - 1),
+            (144, (1 << 64) - 1),  # the number of the last commit
+        ],
+    )
+    def test_a_head_that_was_damaged_while_nobody_looked_is_made_anew_with_one_warning(
+        self, path: Path, opened: Open, word: int, value: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store, one = opened(), limit(2)
+        ask(store, (one, "key", 1))
+        store.close()
+        damage(path, word, value)
+        again = opened()
+        replies = [again.ask([(one, "key", 1)])[0] for _ in range(3)]
+        assert all(isinstance(reply, Verdict) for reply in replies[1:])
+        assert used(again, one) == 2, "what was counted is lost"
+        assert ["is made anew" in record.getMessage() for record in caplog.records] == [True]
+        assert os.stat(path / "gatekeeper.mdb").st_size == SIZE
+
+    def test_a_head_that_tells_of_too_many_pages_while_the_store_is_open_is_made_anew_with_one_warning(
+        self, path: Path, opened: Open, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store, one = opened(), limit(2)
+        ask(store, (one, "key", 1))
+        damage(path, 136, 10**6)
+        assert isinstance(store.ask([(one, "key", 1)])[0], StoreError)
+        assert used(store, one) == 0
+        assert ["MapResizedError" in record.getMessage() for record in caplog.records] == [True]
+
+    def test_a_store_is_opened_without_waiting_for_a_process_that_was_stopped_in_a_decision(
+        self, path: Path, opened: Open
+    ) -> None:
+        store, one = opened(), limit(2)
+        ask(store, (one, "key", 1))
+        store.close()
+        stopped = textwrap.dedent("""
+            import os, signal, sys
+            from gatekeeper.stores.shared import SharedStore
+            store = SharedStore(sys.argv[1])
+            transaction = store._files.begin(None, None, True)
+            print("begun", flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        """)
+        opening = "import sys; from gatekeeper.stores.shared import SharedStore; SharedStore(sys.argv[1]).close()"
+        with subprocess.Popen([sys.executable, "-c", stopped, path], stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "begun\n"
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+                subprocess.run([sys.executable, "-c", opening, path], check=True, timeout=30)
+            finally:
+                process.kill()
+        assert used(opened(), one) == 1
 
     @pytest.mark.parametrize(
         "left", ["gatekeeper.boot", "gatekeeper.mdb", "gatekeeper.mdb-lock", "gatekeeper.heads"]

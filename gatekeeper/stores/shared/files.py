@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 import subprocess
@@ -46,6 +47,10 @@ _MARK: Final = "gatekeeper shared store, layout "
 _PATIENCE: Final = 10.0  # seconds to wait for a process that opens the files
 _FORK_PATIENCE: Final = 2.0  # seconds to wait before a fork for another thread's transaction
 _SECOND: Final = 1_000_000_000
+
+_LOG: Final = logging.getLogger("gatekeeper")
+_DAMAGE: Final = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.MapResizedError)
+_OURS: Final = (-30790, -30789)  # of LMDB's codes those of this process: too many readers, too many thread keys
 
 ID: Final = 4
 """Bytes of a key's name that tell the space."""
@@ -155,13 +160,14 @@ class Files:
 
     def broken(self, error: lmdb.Error) -> None:
         """An error after which the environment is of no more use is answered by opening it anew."""
-        damaged = isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError | lmdb.InvalidError)
+        damaged = isinstance(error, _DAMAGE)
         if damaged or isinstance(error, lmdb.PanicError | lmdb.LockError | lmdb.BadTxnError):
             self._shut()
             if damaged:
                 with suppress(OSError, StoreError), self._locked_boot() as boot:
                     if identity_of(self._path(_DATA)) == self._identity:  # nobody has made them anew already
                         os.ftruncate(boot, 0)
+                        self._tell_damage(error)
 
     def release(self) -> None:
         """One of the stores is closed."""
@@ -218,16 +224,7 @@ class Files:
         try:
             with self._locked_boot() as boot:
                 wanted = f"{_MARK}{SCHEMA}, boot {boot_id()}\n".encode()
-                env = None
-                if os.pread(boot, 4096, 0) == wanted:
-                    with suppress(
-                        FileNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError
-                    ):
-                        # Its size, whatever is wanted: LMDB would cut the file to a smaller one under the others.
-                        size = os.stat(self._path(_DATA)).st_size
-                        if size >= LEAST_SIZE:
-                            self.size = size
-                            env = self._environment()
+                env = self._found() if os.pread(boot, 4096, 0) == wanted else None
                 if env is None:
                     os.ftruncate(boot, 0)
                     os.pwrite(boot, bytes(len(wanted)), 0)  # so that there is room for it at the end
@@ -245,6 +242,38 @@ class Files:
         self._trouble = None
         self.begin = env.begin if self._heads is None else self._heads.guarded(env.begin)
         self.look_at = 0
+
+    def _found(self) -> lmdb.Environment | None:
+        """The files as they are there; None if they are damaged, or not all there. Raises OSError, lmdb.Error."""
+        try:
+            # Its size, whatever is wanted: LMDB would cut the file to a smaller one under the others.
+            size = os.stat(self._path(_DATA)).st_size
+            if size < LEAST_SIZE:
+                return None
+            self.size = size
+            env = self._environment()
+            told = env.info()
+            if told["map_size"] <= size and told["last_txnid"] < 1 << 63:
+                return env
+            self._undo(env)  # pages behind the end are SIGBUS, and after the last number LMDB ends the process
+            raise lmdb.CorruptedError(self._path(_DATA))
+        except FileNotFoundError:
+            return None
+        except lmdb.Error as error:
+            code = getattr(error, "code", 0)
+            # What LMDB itself says is said of the files, and so is the one that it says of a wrong size of pages.
+            # What the system says (no memory, no rights, too many files) may pass.
+            if not isinstance(error, _DAMAGE) and code != errno.EINVAL and (code >= 0 or code in _OURS):
+                raise
+            self._tell_damage(error)
+            return None
+
+    def _tell_damage(self, error: lmdb.Error) -> None:
+        _LOG.warning(
+            "%s: the shared store is damaged (%s) and is made anew: what was counted there is lost",
+            self.folder,
+            type(error).__name__,
+        )
 
     def _environment(self) -> lmdb.Environment:
         """LMDB's environment, with pages changed in place where we know the file's format, to guard its heads.
