@@ -582,7 +582,9 @@ class Gate:
         for name in {limit.rule.name for limit in refused if limit.shadow}:  # type: ignore[attr-defined]
             self.shadowed[name] += 1
         is_refused = any(not limit.shadow for limit in refused)
-        kept += [(hit, Verdict(False, hit[0].algorithm.limit, 0, 0, DENIED_WAIT_NS, None)) for hit in denied]  # type: ignore[attr-defined]
+        for hit in denied:
+            whole = hit[0].algorithm.limit  # type: ignore[attr-defined]
+            kept.append((hit, Verdict(False, whole, 0, DENIED_WAIT_NS, DENIED_WAIT_NS, None)))
         if is_refused or denied:
             yield from self._give_back(Charge(*hit, verdict) for hit, verdict in kept)  # type: ignore[arg-type]
         yield from self._strike([hit for hit, _ in kept if hit[0].kind == "penalty"], refused)

@@ -124,6 +124,7 @@ def test_a_store_that_does_not_answer_is_decided_by_policy_and_counted(on_error:
         assert refusal.status == 503
         assert b"temporary-reduced-capacity" in refusal.body
         assert dict(refusal.fields)[b"retry-after"] == b"1"
+        assert dict(refusal.fields)[b"ratelimit"] == b'"a";r=0;t=1', "no earlier than Retry-After"
     else:
         assert ticket.charges == []
         assert gate.respond(ticket) == []
