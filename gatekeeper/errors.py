@@ -30,7 +30,10 @@ class MissingExtra(GatekeeperError, ImportError):
     """A feature was asked for whose optional dependency is not installed."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs more packages: pip install 'gatekeeper-http[{extra}]'")
+        super().__init__(
+            f"{feature} needs more packages: pip install 'gatekeeper-http[{extra}]' "
+            f"(in a checkout: pip install -e '.[{extra}]')"
+        )
 
 
 class StoreError(GatekeeperError):

@@ -236,7 +236,8 @@ def test_what_is_not_installed_is_told_with_the_extra_that_brings_it(
     status, errors = begin(towards(NOBODY), start=f"import sys; sys.modules[{module!r}] = None; {START}").end()
     assert status == 2
     extra = {"uvloop": "gateway", "typer": "cli"}[module]
-    assert re.fullmatch(rf"The [a-z ]+ needs more packages: pip install 'gatekeeper-http\[{extra}\]'\n", errors)
+    install = rf"pip install 'gatekeeper-http\[{extra}\]' \(in a checkout: pip install -e '\.\[{extra}\]'\)"
+    assert re.fullmatch(rf"The [a-z ]+ needs more packages: {install}\n", errors)
 
 
 # ------------------------------------------------------------------------------------------------ where it listens
