@@ -14,7 +14,7 @@ from gatekeeper.http.fields import Fields
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.ratelimit.rules import Rule
-from gatekeeper.settings import Settings
+from gatekeeper.settings import Settings, parameters
 from gatekeeper.ticket import Refusal, Ticket
 
 if TYPE_CHECKING:
@@ -34,10 +34,15 @@ class GatekeeperMiddleware:
 
     - `settings`: a mapping, the path of a TOML file, Settings, or a Gatekeeper that others share.
 
-    The request's Ticket is in `scope["gatekeeper"]`. Raises SettingsError when the settings are wrong.
+    The request's Ticket is in `scope["gatekeeper"]`. Raises SettingsError when the settings are wrong, TypeError
+    for a WSGI application.
     """
 
     def __init__(self, app: App, settings: Gatekeeper | Settings | Mapping[str, Any] | str | Path) -> None:
+        if "start_response" in parameters(app):
+            raise TypeError(
+                "app: expected an ASGI application; for WSGI: from gatekeeper.wsgi import GatekeeperMiddleware"
+            )
         self.app = app
         # Who makes the keeper closes it.
         self._owns = not isinstance(settings, Gatekeeper)

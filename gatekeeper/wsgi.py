@@ -13,7 +13,7 @@ from gatekeeper.decorators import CURRENT, IN_USE
 from gatekeeper.errors import Limited, SettingsError, StoreError
 from gatekeeper.http.message import EnvironRequest
 from gatekeeper.keeper import Gatekeeper
-from gatekeeper.settings import Settings, is_asynchronous
+from gatekeeper.settings import Settings, is_asynchronous, parameters
 from gatekeeper.ticket import Refusal, Ticket
 
 Environ: TypeAlias = dict[str, Any]
@@ -22,6 +22,7 @@ App: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 T = TypeVar("T")
 
+_OTHER: Final = "for ASGI: from gatekeeper.asgi import GatekeeperMiddleware"
 _STATUS: Final = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
 
@@ -30,10 +31,13 @@ class GatekeeperMiddleware:
 
     - `settings`: a mapping, the path of a TOML file, Settings, or a Gatekeeper that others share.
 
-    The request's Ticket is in `environ["gatekeeper.ticket"]`. Raises SettingsError when the settings are wrong.
+    The request's Ticket is in `environ["gatekeeper.ticket"]`. Raises SettingsError when the settings are wrong,
+    TypeError for an ASGI application, or when an ASGI server calls it.
     """
 
     def __init__(self, app: App, settings: Gatekeeper | Settings | Mapping[str, Any] | str | Path) -> None:
+        if is_asynchronous(app) or "receive" in parameters(app):
+            raise TypeError(f"app: expected a WSGI application; {_OTHER}")
         self.app = app
         self.keeper = settings if isinstance(settings, Gatekeeper) else Gatekeeper(settings)
         self.keeper.require(awaiting=False)
@@ -45,7 +49,11 @@ class GatekeeperMiddleware:
         if problems:
             raise SettingsError(problems)
 
-    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    def __call__(
+        self, environ: Environ, start_response: StartResponse | None = None, *more: object
+    ) -> Iterable[bytes]:
+        if start_response is None or more:  # (scope), or (scope, receive, send)
+            raise TypeError(f"expected to be called by a WSGI server; {_OTHER}")
         keeper = self.keeper
         gate = keeper.gate
         ticket = _Ticket(environ)

@@ -11,8 +11,9 @@ from wsgiref.util import FileWrapper, setup_testing_defaults
 
 import pytest
 from flask import Flask
+from starlette.applications import Starlette
 
-from gatekeeper import Gatekeeper, SettingsError, decorators, wsgi
+from gatekeeper import Gatekeeper, SettingsError, asgi, decorators, wsgi
 from gatekeeper.commands import Batch
 from gatekeeper.testing import VirtualClock, virtual_store
 from gatekeeper.wsgi import GatekeeperMiddleware
@@ -62,6 +63,34 @@ def ask(app: Any, values: dict[str, Any] | None = None) -> int:
 def hello(environ: dict[str, Any], start_response: Start) -> list[bytes]:
     start_response("200 OK", [("Content-Type", "text/plain")])
     return [b"hello"]
+
+
+async def coroutine(scope: Any, receive: Any, send: Any) -> None:
+    """An ASGI application."""
+
+
+def plain(scope: Any, receive: Any, send: Any) -> Any:
+    return coroutine(scope, receive, send)
+
+
+@pytest.mark.parametrize("app", [coroutine, plain, Starlette(), asgi.GatekeeperMiddleware(coroutine, ONE)])
+def test_an_asgi_application_is_told_where_its_middleware_is(app: Any) -> None:
+    with pytest.raises(TypeError, match=r"from gatekeeper\.asgi import GatekeeperMiddleware"):
+        GatekeeperMiddleware(app, ONE)
+    asgi.GatekeeperMiddleware(app, ONE)
+
+
+def test_a_wsgi_application_is_told_where_its_middleware_is() -> None:
+    for app in (hello, Flask(__name__), Flask(__name__).wsgi_app, GatekeeperMiddleware(hello, ONE)):
+        with pytest.raises(TypeError, match=r"from gatekeeper\.wsgi import GatekeeperMiddleware"):
+            asgi.GatekeeperMiddleware(app, ONE)  # type: ignore[arg-type]
+        GatekeeperMiddleware(app, ONE)
+
+
+@pytest.mark.parametrize("arguments", [({},), ({}, coroutine, coroutine)])
+def test_an_asgi_server_is_told_that_it_calls_a_wsgi_application(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError, match=r"called by a WSGI server; .*gatekeeper\.asgi"):
+        GatekeeperMiddleware(hello, ONE)(*arguments)
 
 
 def test_the_application_never_sees_a_refused_request() -> None:

@@ -10,12 +10,13 @@ import os
 import re
 import sys
 from importlib import import_module
-from inspect import iscoroutinefunction
+from inspect import iscoroutinefunction, signature
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from gatekeeper.errors import SettingsError
 from gatekeeper.http.fields import NAME
 
 _UNITS_NS: Final = {
@@ -253,16 +254,27 @@ def load_object(text: str) -> Any:
     try:
         found: Any = import_module(module)
     except (Exception, SystemExit) as error:
+        # Of what reads these settings while it is imported, and is imported by that module in its turn.
+        around = isinstance(error, ImportError | SettingsError) and not isinstance(error, ModuleNotFoundError)
         raise ValueError(
             f"expected a module that can be imported; importing it raised {type(error).__name__}"
-        ) from None
+            f"{_APART if around else ''}"
+        ) from (None if _repeats(error, module) else error)
     for attribute in name.split("."):
         try:
             found = getattr(found, attribute)
         except Exception:  # a module may have a __getattr__ of its own
-            so_far = "; it is still being imported" if _is_beginning(module) else ""
+            so_far = f"; it is still being imported{_APART}" if _is_beginning(module) else ""
             raise ValueError(f"expected a name that the module has{so_far}") from None
     return found
+
+
+def _repeats(error: BaseException, module: str) -> bool:
+    """Whether an error says of the text itself that it is no module; it may be a secret in the wrong place."""
+    return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+
+
+_APART: Final = ": put what the settings name in a module of its own, which does not read them"
 
 
 def _is_beginning(module: str) -> bool:
@@ -274,6 +286,14 @@ def _is_beginning(module: str) -> bool:
 def is_asynchronous(function: object) -> bool:
     """Whether calls of it must be awaited."""
     return iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def parameters(function: Any) -> list[str]:
+    """The names of a function's parameters; none of what does not tell them."""
+    try:
+        return list(signature(function).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def nth(place: int) -> str:
