@@ -209,7 +209,8 @@ def _checked(written: Mapping[str, Any]) -> LimitSettings:
     try:
         (limit,) = load_settings({"limits": [written]}).limits
     except SettingsError as error:
-        raise SettingsError([problem.removeprefix("limits[0].") for problem in error.problems]) from None
+        problems = [problem.removeprefix("limits[0].") for problem in error.problems]
+        raise SettingsError(problems) from error.__cause__
     return limit
 
 

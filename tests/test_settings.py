@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gatekeeper import Gatekeeper
+from gatekeeper.decorators import Guard
 from gatekeeper.errors import GatekeeperError, SettingsError
 from gatekeeper.settings import (
     GREATEST_FILE,
@@ -742,6 +744,7 @@ def test_what_is_wrong_between_values_is_told_beside_what_is_wrong_with_one() ->
         ({"route": []}, "route", "routes"),
         (listen(adress=SECRET), "listen.adress", "address"),
         (pool(polciy=SECRET), "pools.api.polciy", "policy"),
+        (limit(penalty={"strike": SECRET}), "limits[0].penalty.strike", "strikes"),
         (pool(health={"failurs": SECRET}), "pools.api.health.failurs", "failures"),
         (upstreams("http://a", {"url": "http://b", "wieght": SECRET}), "pools.api.upstreams[1].wieght", "weight"),
         (routes({"match": "/*", "pool": "api", "mtach": SECRET}), "routes[0].mtach", "match"),
@@ -924,6 +927,48 @@ def test_each_error_of_a_file_begins_with_its_path(tmp_path: Path) -> None:
         f"{path}: store.url: expected the URL of a store: memory://, shared:///PATH, redis://HOST:PORT/DB (rediss, redis+cluster, redis+sentinel, unix; or valkey), or a storage URI of limits",
         f'{path}: stroe: unknown key; did you mean "store"?',
     ]
+
+
+def test_what_a_module_raised_is_the_cause_of_the_error_and_a_way_round_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "raising.py").write_text(f"raise ZeroDivisionError('{SECRET}')\n", encoding="utf-8")
+    (tmp_path / "lacking.py").write_text("import no_such_module", encoding="utf-8")
+    (tmp_path / "circle.py").write_text("from circle2 import nothing\n", encoding="utf-8")
+    (tmp_path / "circle2.py").write_text("import circle\n", encoding="utf-8")
+    (tmp_path / "reading.py").write_text(
+        "from gatekeeper import Gatekeeper\n"
+        "Gatekeeper({'limits': [{'name': 'a', 'rate': '1/second', 'key': 'reading:later'}]})\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, cause, told in (
+        ("raising", ZeroDivisionError, "importing it raised ZeroDivisionError"),
+        (
+            "circle",
+            ImportError,
+            "importing it raised ImportError: put what the settings name in a module of its own",
+        ),
+        (
+            "reading",
+            SettingsError,
+            "importing it raised SettingsError: put what the settings name in a module of its own",
+        ),
+        ("lacking", ModuleNotFoundError, "importing it raised ModuleNotFoundError"),
+        (SECRET, type(None), "importing it raised ModuleNotFoundError"),
+    ):
+        for key in (f"{module}:function", ["ip", f"{module}:function"]):
+            sys.modules.pop(module, None)
+            with pytest.raises(SettingsError) as error:
+                load_settings({"limits": [{"name": "a", "rate": "1/minute", "key": key}]})
+            (problem,) = error.value.problems
+            assert told in problem
+            assert ("of its own" in problem) == ("of its own" in told)
+            assert SECRET not in problem
+            assert type(error.value.__cause__) is cause
+            with pytest.raises(SettingsError) as error:
+                Guard("1/minute", None, {"key": key})
+            assert type(error.value.__cause__) is cause
 
 
 def test_no_repr_shows_a_secret_of_the_settings() -> None:

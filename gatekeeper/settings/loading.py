@@ -329,11 +329,13 @@ def _load_file(path: Path) -> Settings:
 
 
 def _validate(document: Mapping[str, Any], prefix: str) -> Settings:
-    settings, problems = None, []
+    settings, problems, cause = None, [], None
     try:
         settings = Settings.model_validate(dict(document))
     except ValidationError as error:
-        problems = [_line(found, document) for found in error.errors(include_url=False, include_input=False)]
+        errors = error.errors(include_url=False, include_input=False)
+        problems = [_line(found, document) for found in errors]
+        cause = next(filter(None, map(_cause, errors)), None)
     except RecursionError:
         problems = ["expected settings that are not nested so deep"]
     problems += _misfits(document)
@@ -341,7 +343,13 @@ def _validate(document: Mapping[str, Any], prefix: str) -> Settings:
         return settings
     if len(problems) > MOST_PROBLEMS:
         problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
-    raise SettingsError([prefix + problem for problem in problems])
+    raise SettingsError([prefix + problem for problem in problems]) from cause
+
+
+def _cause(error: Any) -> BaseException | None:
+    """What a module of the user's raised when it was imported."""
+    wrong = error.get("ctx", {}).get("error")
+    return wrong.__cause__ if isinstance(wrong, Exception) else None
 
 
 def _line(error: Any, document: Mapping[str, Any]) -> str:
@@ -409,6 +417,8 @@ def _keys_at(path: list[int | str]) -> list[str]:
             kind = kind.model_fields[part].annotation
         else:
             return []
+        if type(None) in get_args(kind):  # a table that may be left out
+            kind = get_args(kind)[0]
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 

@@ -52,7 +52,8 @@ def _each(texts: list[Any], check: Callable[[Any], object]) -> None:
         try:
             check(text)
         except ValueError as error:
-            raise ValueError(f"{error} (see the {nth(place)})" if len(texts) > 1 else str(error)) from None
+            told = f"{error} (see the {nth(place)})" if len(texts) > 1 else str(error)
+            raise ValueError(told) from error.__cause__
 
 
 def _rates(texts: list[str]) -> list[str]:
