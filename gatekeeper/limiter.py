@@ -33,7 +33,8 @@ class Limiter:
     amount keeps what was used.
 
     Raises SettingsError for a store or algorithm it does not know; its methods raise RateError for a rate,
-    TypeError for a key that is not a string, ValueError for a cost below 1.
+    TypeError for a key that is not a string, ValueError for a cost below 1, StoreError where the store does not
+    answer: there is no `on_error` here, what follows is the caller's to say.
     """
 
     def __init__(self, store: str | Store = "memory://", *, algorithm: str = "sliding_window") -> None:
