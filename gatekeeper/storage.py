@@ -8,6 +8,7 @@ from typing import Final
 from gatekeeper.commands import Limit, SessionStore, Store
 from gatekeeper.errors import SettingsError, StoreError
 from gatekeeper.settings import Settings, StoreSettings, store_scheme
+from gatekeeper.settings.session import is_sql
 from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.stores.sessions.memory import MemorySessions
 
@@ -49,8 +50,39 @@ def _memory_sessions(url: str, settings: Settings, store: Store) -> SessionStore
     return MemorySessions()
 
 
+def _redis_sessions(url: str, settings: Settings, store: Store) -> SessionStore:
+    from gatekeeper.stores.redis import RedisStore
+    from gatekeeper.stores.sessions.redis import RedisSessions
+
+    if isinstance(store, RedisStore) and url == settings.store.url:
+        return RedisSessions(store)
+    return RedisSessions(RedisStore(url, timeout=settings.store.timeout / 1e9), owns=True)
+
+
+def _shared_sessions(url: str, settings: Settings, store: Store) -> SessionStore:
+    from gatekeeper.stores.sessions.shared import SharedSessions
+
+    path = url.removeprefix("shared://")
+    if not path.startswith("/"):
+        raise ValueError("expected an absolute path: shared:///PATH, with three slashes")
+    session = settings.session
+    assert session is not None
+    return SharedSessions(path, durable=session.durable, size=session.size)
+
+
+def _sql_sessions(url: str, settings: Settings, store: Store) -> SessionStore:
+    from gatekeeper.stores.sessions.sql import SqlSessions
+
+    session = settings.session
+    assert session is not None
+    return SqlSessions(url, create=session.create_table)
+
+
 SESSION_STORES: Final[dict[str, Callable[[str, Settings, Store], SessionStore]]] = {
     "memory": _memory_sessions,
+    "redis": _redis_sessions,
+    "shared": _shared_sessions,
+    "sql": _sql_sessions,
 }
 """Stores of sessions by their kind. `store` is the one that limits are counted in: it may be on the same server."""
 
@@ -61,13 +93,11 @@ def open_sessions(settings: Settings, store: Store) -> SessionStore | None:
     if session is None or (session.kind == "token" and session.store is None):
         return None
     url = session.store or settings.store.url or "memory://"
-    kind = store_scheme(url)
+    kind = "sql" if is_sql(url) else store_scheme(url)
+    if kind not in SESSION_STORES:  # that of the limits is taken, and keeps none
+        raise SettingsError(["session.store: expected one, for store.url is of a kind that keeps no sessions"])
     try:
         return SESSION_STORES[kind](url, settings, store)
-    except KeyError:
-        raise SettingsError(
-            [f"session.store: expected one of {', '.join(SESSION_STORES)}: {kind} keeps no sessions"]
-        ) from None
     except (ValueError, StoreError) as error:  # whose messages never show a URL
         raise SettingsError([f"session.store: {error}"]) from None
 

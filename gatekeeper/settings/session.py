@@ -10,16 +10,22 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 
 from gatekeeper.http.cookies import wrong_prefix
 from gatekeeper.settings.base import Boolean, Integer, Model, default
-from gatekeeper.settings.values import Duration, resolved
+from gatekeeper.settings.values import Duration, Size, resolved
 
 _SCHEMES: Final = (
     "memory|shared|rediss?|valkeys?|unix|(redis|valkey)s?\\+(cluster|sentinel)|sqlite|postgresql|mysql|mariadb"
 )
+_SQL: Final = re.compile(r"(sqlite|postgresql|mysql|mariadb)(\+[a-z0-9_]+)?://")
 _URL: Final = rf"^(env:[A-Za-z_][A-Za-z0-9_]*|({_SCHEMES})(\+[a-z0-9_]+)?://.*)$"
 _URL_EXPECTED: Final = (
     "expected memory://, shared:///PATH, redis://…, or a URL of SQLAlchemy such as sqlite:////PATH, "
     "postgresql+psycopg://… or mysql+pymysql://…; or env:NAME of a variable that holds it"
 )
+
+
+def is_sql(url: str) -> bool:
+    """Whether a URL is that of a database."""
+    return _SQL.match(url) is not None
 
 
 def _store_url(text: str) -> str:
@@ -73,6 +79,10 @@ class SessionSettings(Model):
         repr=False,  # it may hold a password
         description="Where sessions live: memory://, shared:///PATH, redis://…, or a URL of SQLAlchemy; or "
         "env:NAME. By default the [store]. With tokens: where it is kept which are revoked; by default nowhere.",
+    )
+    size: Annotated[int, Size(1 << 20)] = default("1GiB", "The bytes that a shared store of sessions may grow to.")
+    create_table: Boolean = Field(
+        False, description="Of a database: whether the table gatekeeper_sessions is made if it is not there."
     )
     durable: Boolean = Field(
         False, description="Of a shared store: whether it outlives a crash of the machine, at the price of a sync."

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 from gatekeeper.commands import Hits, Limit, Replies
 from gatekeeper.errors import MissingExtra
@@ -28,8 +29,11 @@ from gatekeeper.stores.redis.asking import Core
 from gatekeeper.stores.redis.blocking import Blocking
 from gatekeeper.stores.redis.packing import Packer
 from gatekeeper.stores.redis.refusals import Refusals
+from gatekeeper.stores.redis.routes import Rounds
 
 __all__ = ["RedisStore"]
+
+R = TypeVar("R")
 
 
 class RedisStore:
@@ -101,6 +105,19 @@ class RedisStore:
         replies = await awaiting.ask(self._home(), batch)
         refusals.keep(batch, replies, asked)
         return replies
+
+    def run(self, rounds: Rounds[R]) -> R:
+        """Carry out what is asked for beside limits, blocking."""
+        return self._blocking.run(rounds)
+
+    async def arun(self, rounds: Rounds[R]) -> R:
+        """As `run`, awaiting: together with what else this tick of the loop asks."""
+        return await self._home().run(rounds)
+
+    @property
+    def core(self) -> Core:
+        """Where the servers are, and how they are asked."""
+        return self._core
 
     def keys(self, limit: Limit) -> list[str]:
         """The keys of a `listed` limit, at most 100,000. It goes through all keys of all servers (SCAN).

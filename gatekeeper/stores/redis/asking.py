@@ -165,15 +165,22 @@ class Core:
 
     def _carry_out(self, batches: list[tuple[int, Hits]]) -> Rounds[list[Answer]]:
         """The answers to batches each of which is on one slot, asked for together."""
+        return self.carry_out([(slot, self.packer.pack(batch), batch) for slot, batch in batches])
+
+    def carry_out(self, commands: list[tuple[int, bytes, Hits | None]]) -> Rounds[list[Answer]]:
+        """The answers to commands, each for a slot, with the batch that it carries out; asked for together.
+
+        Each is an answer of the server, an error of its (ReplyError), or a StoreError.
+        """
         yield from self._locate()
-        answers: list[Answer] = [StoreError(LOST)] * len(batches)
-        packets = [self.packer.pack(batch) for _, batch in batches]
+        answers: list[Answer] = [StoreError(LOST)] * len(commands)
+        packets = [packet for _, packet, _ in commands]
         redirected: dict[int, tuple[Address, bool]] = {}
-        todo = list(range(len(batches)))
+        todo = list(range(len(commands)))
         for _ in range(_HOPS):
             sends, asked = [], []
             for place in todo:
-                slot, batch = batches[place]
+                slot, _, batch = commands[place]
                 address, asking = redirected.get(place) or (self.routes.address(slot), False)
                 if address is not None and not self.breaker(address).is_calm:
                     address = yield from self._probe(slot, address)

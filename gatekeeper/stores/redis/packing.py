@@ -40,36 +40,41 @@ _KIND_PARTS: Final = {kind: _part(kind) for kind in _KINDS}
 _BATCH_PART: Final = _part("batch")
 
 
+_SCRIPTS: Final[dict[int, Script]] = {}
+_BY_SHA: Final[dict[bytes, Script]] = {}
+
+
 class Script:
-    """The script for batches of some kinds (a bit each), with the beginnings of its calls."""
+    """A script, with the beginnings of its calls."""
 
     __slots__ = ("by_sha", "heads", "sha", "text")
 
-    def __init__(self, kinds: int) -> None:
-        if kinds & 2:
-            kinds |= 1  # concurrency is a sliding window
-        parts = [_KIND_PARTS[kind] for kind, number in _KINDS.items() if kinds >> number - 1 & 1]
-        self.text = b"\n".join([_HEAD_PART, *parts, _BATCH_PART])
+    def __init__(self, text: bytes) -> None:
+        self.text = text
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode("ascii")
         self.by_sha = b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % self.sha
         # By the number of hits, of batches that are but hits.
         self.heads = [self.head(count, 0) for count in range(_SHORT)]
+        _BY_SHA[self.sha] = self
 
     def head(self, count: int, words: int) -> bytes:
         """What comes before the keys, of which there are `count`, and `words` besides those and what they need."""
         return b"*%d\r\n%b$%d\r\n%d\r\n" % (3 + 2 * count + words, self.by_sha, len(str(count)), count)
 
-
-_SCRIPTS: Final[dict[int, Script]] = {}
-_BY_SHA: Final[dict[bytes, Script]] = {}
+    def call(self, key: bytes, *words: bytes) -> bytes:
+        """A call with one key."""
+        packed = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in (key, *words)])
+        return b"*%d\r\n%b$1\r\n1\r\n" % (4 + len(words), self.by_sha) + packed
 
 
 def script_of(kinds: int) -> Script:
     """The script for batches of these kinds."""
     script = _SCRIPTS.get(kinds)
     if script is None:
-        script = _SCRIPTS[kinds] = Script(kinds)
-        _BY_SHA[script.sha] = script
+        # Concurrency is a sliding window.
+        wanted = kinds | 1 if kinds & 2 else kinds
+        parts = [_KIND_PARTS[kind] for kind, number in _KINDS.items() if wanted >> number - 1 & 1]
+        script = _SCRIPTS[kinds] = Script(b"\n".join([_HEAD_PART, *parts, _BATCH_PART]))
     return script
 
 
