@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -443,7 +444,7 @@ class TestShared:
     def test_of_many_processes_that_count_at_once_none_is_lost(self, tmp_path: Path, way: str) -> None:
         store, one = SharedSessions(tmp_path), key()
         store.ask(Save(store, one, b"0", version=None, ttl=TTL))
-        context = multiprocessing.get_context(way)
+        context: Any = multiprocessing.get_context(way)
         processes = [context.Process(target=counted, args=(str(tmp_path), one, 50)) for _ in range(3)]
         for process in processes:
             process.start()
@@ -460,6 +461,9 @@ class TestShared:
     def test_a_hundred_may_be(self, tmp_path: Path) -> None:
         self.killed(tmp_path, 100)
 
+    def are_more(self, store: SharedSessions, than: int) -> bool:
+        return len(store.ask(Owned(store, "7"))) > than
+
     def killed(self, tmp_path: Path, times: int) -> None:
         store, one = SharedSessions(tmp_path), key()
         store.ask(Save(store, one, b"0", version=None, ttl=TTL))
@@ -467,7 +471,7 @@ class TestShared:
         for number in range(times):
             process = context.Process(target=written_without_end, args=(str(tmp_path),))
             process.start()
-            until(lambda number=number: len(store.ask(Owned(store, "7"))) > 10 * number)
+            until(partial(self.are_more, store, 10 * number))
             process.kill()
             process.join()
             record = store.ask(Load(store, one))
@@ -532,9 +536,11 @@ class TestSql:
     def test_a_child_that_was_forked_has_connections_of_its_own(self, tmp_path: Path) -> None:
         store, one = SqlSessions(f"sqlite:///{tmp_path}/sessions.db", create=True), key()
         store.ask(Save(store, one, b"0", version=None, ttl=TTL))
-        process = multiprocessing.get_context("fork").Process(
-            target=lambda: os._exit(store.ask(Load(store, one)) != Record(b"0", 1))
-        )
+
+        def look() -> None:
+            os._exit(store.ask(Load(store, one)) != Record(b"0", 1))
+
+        process = multiprocessing.get_context("fork").Process(target=look)
         process.start()
         process.join()
         assert process.exitcode == 0

@@ -76,13 +76,13 @@ class SharedSessions:
             files = self._files or self._open()
             now = int(self._clock())
             if isinstance(command, Load):
-                with files.env.begin() as txn:
+                with files.lock, files.env.begin() as txn:
                     held = _alive(txn.get(bytes.fromhex(command.key), db=files.sessions), now)
                     return None if held is None else held[0]
             if isinstance(command, Owned):
-                with files.env.begin() as txn:
+                with files.lock, files.env.begin() as txn:
                     return files.owned(txn, _digest(command.owner), now)
-            with files.env.begin(write=True) as txn:
+            with files.lock, files.env.begin(write=True) as txn:
                 files.sweep(txn, now, _SWEPT)
                 if isinstance(command, Save):
                     return files.save(txn, command, now)
@@ -100,7 +100,7 @@ class SharedSessions:
         try:
             files, count, now = self._files or self._open(), 0, int(self._clock())
             while True:
-                with files.env.begin(write=True) as txn:
+                with files.lock, files.env.begin(write=True) as txn:
                     swept = files.sweep(txn, now, _PORTION)
                 count += swept
                 if swept < _PORTION:
@@ -127,6 +127,8 @@ class _Files:
     """The environment of a folder in this process: LMDB allows one."""
 
     def __init__(self, folder: str, durable: bool, size: int) -> None:
+        # Held in each transaction, so that there is none while this process forks.
+        self.lock = threading.Lock()
         os.makedirs(folder, mode=0o700, exist_ok=True)
         path = os.path.join(folder, "sessions.mdb")
         descriptor = os.open(os.path.join(folder, "sessions.boot"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -143,8 +145,9 @@ class _Files:
             os.pwrite(descriptor, wanted, 0)
             self.env = lmdb.open(
                 path, map_size=size, subdir=False, max_dbs=3, max_readers=1024, sync=durable, metasync=durable,
-                mode=0o600,
+                mode=0o600, max_spare_txns=0,
             )  # fmt: skip
+            self.env.reader_check()  # who was killed as it read holds pages back
             self.sessions = self.env.open_db(b"sessions")
             self._owners = self.env.open_db(b"owners", dupsort=True)
             self._ends = self.env.open_db(b"ends")
@@ -238,7 +241,9 @@ def _told(error: Exception) -> StoreError:
 
 _OPENING: Final = threading.Lock()
 _OPEN: Final[WeakValueDictionary[str, _Files]] = WeakValueDictionary()
-_LEFT: Final[list[Any]] = []  # a parent's, not to be touched in the child
+_HELD: Final[list[_Files]] = []  # while the process is forked
+_LEFT: Final[list[_Files]] = []  # a parent's, not to be touched in the child
+_FORK_PATIENCE: Final = 2.0  # seconds to wait before a fork for another thread's transaction
 _stores: Final[weakref.WeakSet[SharedSessions]] = weakref.WeakSet()
 
 
@@ -250,13 +255,32 @@ def _opened(folder: str, durable: bool, size: int) -> _Files:
         return files
 
 
-def _forked() -> None:
-    # LMDB's environment is the parent's: closing it here would close what the parent holds.
-    _LEFT.extend(files.env for files in _OPEN.values())
+def _before_fork() -> None:
+    _OPENING.acquire()
+    _HELD.extend(files for files in list(_OPEN.values()) if files.lock.acquire(timeout=_FORK_PATIENCE))
+
+
+def _after_in_parent() -> None:
+    while _HELD:
+        _HELD.pop().lock.release()
+    _OPENING.release()
+
+
+def _after_in_child() -> None:
+    """The environments are the parent's: the child's copies of descriptors and maps are closed.
+
+    Not where another thread was in a transaction, which nobody can end here.
+    """
+    for files in list(_OPEN.values()):
+        if files in _HELD:
+            files.env.close()
+        else:
+            _LEFT.append(files)
+    _HELD.clear()
     _OPEN.clear()
     for store in list(_stores):
         store._files = None
+    _OPENING.release()
 
 
-os.register_at_fork(before=_OPENING.acquire, after_in_parent=_OPENING.release, after_in_child=_OPENING.release)
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
