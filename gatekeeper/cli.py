@@ -7,16 +7,22 @@ warnings go to standard error.
 import json
 import os
 import re
+import secrets
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from gatekeeper import __version__
 from gatekeeper.errors import MissingExtra, SettingsError, StoreError
 from gatekeeper.keeper import Gatekeeper
+from gatekeeper.keyfiles import KeyFileError, exposed, load_file, rotated, save_file
+from gatekeeper.keyfiles import generate as generated
+from gatekeeper.keys import ALGORITHMS, KeyRingError, KeyState
 from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import json_schema, load_settings, store_scheme, warnings
+from gatekeeper.settings.values import Duration
 from gatekeeper.storage import check_store, is_unused
 from gatekeeper.stores.memory import MemoryStore
 
@@ -79,7 +85,7 @@ def _app() -> "typer.Typer":
             raise typer.Exit(2) from None
         for line in _told(keeper):
             tell(line)
-        for warning in warnings(keeper.settings):
+        for warning in (*warnings(keeper.settings), *exposed(keeper.settings.keys)):
             typer.echo(f"warning: {warning}", err=True)
 
     @app.command()
@@ -151,12 +157,97 @@ def _app() -> "typer.Typer":
         finally:
             keeper.close()
 
+    app.add_typer(_keys(tell), name="keys")
+
     @app.command()
     def schema() -> None:
         """Print the JSON Schema of settings files, for editors to complete them by."""
         tell(json.dumps(json_schema(), indent=2))
 
     return app
+
+
+def _keys(tell: Callable[[str], None]) -> "typer.Typer":
+    """The commands that keep a file of keys."""
+    import typer
+
+    keys = typer.Typer(no_args_is_help=True, help="Make, list and rotate the keys that sign sessions and pins.")
+    kept = Annotated[Path, typer.Argument(help="A file of keys, as `generate --file` makes it.")]
+
+    def failed(error: Exception) -> NoReturn:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1)
+
+    @keys.command()
+    def generate(
+        file: Annotated[
+            Path | None, typer.Option(help="Add the key to this file, made if need be; there it is pending.")
+        ] = None,
+        algorithm: Annotated[
+            str, typer.Option(help=f"One of {', '.join(ALGORITHMS)}; all but HS256 need a file.")
+        ] = "HS256",
+    ) -> None:
+        """Draw a new key: print it as a secret for the environment, or add it to a file.
+
+        The first key of a file is active, and signs at once. Another one is pending: servers accept what it signs,
+        and `rotate` lets it sign.
+        """
+        if file is None:
+            if algorithm != "HS256":
+                failed(KeyFileError(f"expected --file for {algorithm}"))
+            tell(secrets.token_urlsafe(32))
+            return
+        try:
+            known = load_file(file) if file.exists() else []
+            made = generated(algorithm, KeyState.PENDING if known else KeyState.ACTIVE)
+            save_file(file, [*known, (made, made.created or 0)])
+        except (KeyFileError, KeyRingError, MissingExtra) as error:
+            failed(error)
+        tell(f"{made.id} {made.algorithm} {made.state}")
+
+    @keys.command("list")
+    def listed(file: kept) -> None:
+        """List the keys of a file: id, algorithm, state, and when it came into it, a line each."""
+        try:
+            for key, since in load_file(file):
+                tell(f"{key.id} {key.algorithm} {key.state} {_day(since)}")
+        except (KeyFileError, KeyRingError, MissingExtra) as error:
+            failed(error)
+
+    @keys.command()
+    def rotate(
+        file: kept,
+        keep: Annotated[
+            str, typer.Option(help="How long a key is still accepted that does not sign any more.")
+        ] = "30d",
+    ) -> None:
+        """Let the pending key sign, and the one that signed retire; keys that have retired for long are dropped.
+
+        Have all servers read a pending key before: generate it, wait a minute, rotate. Without one a new key signs
+        at once, and servers that have not read the file yet take what it signs for forged.
+        """
+        try:
+            longest = Duration().read(keep) // 10**9
+        except ValueError as error:
+            failed(KeyFileError(f"--keep: {error}"))
+        try:
+            known = load_file(file)
+            if not any(key.state is KeyState.PENDING for key, _ in known):
+                typer.echo(
+                    "warning: no key was pending; servers that have not read the new one reject it", err=True
+                )
+            after = rotated(known, int(time.time()), longest)
+            save_file(file, after)
+        except (KeyFileError, KeyRingError, MissingExtra) as error:
+            failed(error)
+        for key, since in after:
+            tell(f"{key.id} {key.algorithm} {key.state} {_day(since)}")
+
+    return keys
+
+
+def _day(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
 _UNSEEN = (
@@ -187,6 +278,12 @@ def _told(keeper: Gatekeeper) -> Iterator[str]:
     for rule in keeper.gate.rules:
         matches = rule.pattern.text if rule.pattern is not None else "all requests"
         yield f"{rule.name}: {matches}: {', '.join(limit.policy for limit in rule.limits)}{_besides(rule)}"
+    if keeper.keys is not None:
+        yield f"keys: {', '.join(f'{key.id} ({key.state})' for key in keeper.keys.ring.keys)}"
+    session = keeper.settings.session
+    if session is not None:
+        where = "with the client" if session.kind == "token" else "in a store"
+        yield f"sessions: {where}, idle for {session.idle // 10**9} s, {session.absolute // 10**9} s in all"
     if not keeper.settings.enabled:
         yield "switched off: every request passes"
     access = keeper.settings.access

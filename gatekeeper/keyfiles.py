@@ -21,7 +21,7 @@ from gatekeeper.errors import GatekeeperError, MissingExtra, SettingsError
 from gatekeeper.keys import ALGORITHMS, ENCRYPTION, HMAC_BYTES, Key, KeyRingError, KeyState, Ring
 from gatekeeper.settings.keys import KeySettings
 from gatekeeper.settings.values import resolved
-from gatekeeper.upkeep import start_thread
+from gatekeeper.upkeep import keep_looking
 
 GREATEST: Final = 1 << 20
 """The greatest file of keys, in bytes."""
@@ -52,7 +52,7 @@ class Keys:
         self._told = ""
         self.ring = Ring(self._read())
         if self._seen:
-            start_thread("gatekeeper-keys", self, LOOK_EVERY)
+            keep_looking("gatekeeper-keys", self, LOOK_EVERY)
 
     def _read(self) -> list[Key]:
         keys: list[Key] = []

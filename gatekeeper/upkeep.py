@@ -163,15 +163,7 @@ class NetworkFiles:
         """Look at the files from time to time, if there are any."""
         if self._sets and not self._watching:
             self._watching = True
-            start_thread("gatekeeper-files", self, self._every)
-            held = weakref.ref(self)
-
-            def again() -> None:
-                files = held()
-                if files is not None:
-                    start_thread("gatekeeper-files", files, files._every)
-
-            os.register_at_fork(after_in_child=again)  # threads do not outlive a fork
+            keep_looking("gatekeeper-files", self, self._every)
 
     def __call__(self) -> float:
         """Read what has changed. How many seconds until the next look."""
@@ -220,6 +212,19 @@ def _parse(text: str) -> list[Network]:
 def _told(path: Path, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return f"{path}: {reason}"
+
+
+def keep_looking(name: str, work: Any, pause: float) -> None:
+    """As `start_thread`, and in the children of a fork as well: threads do not outlive one."""
+    start_thread(name, work, pause)
+    held = weakref.ref(work)
+
+    def again() -> None:
+        work = held()
+        if work is not None:
+            start_thread(name, work, pause)
+
+    os.register_at_fork(after_in_child=again)
 
 
 def start_thread(name: str, work: Any, pause: float) -> None:
