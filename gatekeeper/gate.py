@@ -43,6 +43,10 @@ DENIED_WAIT_NS: Final = 1_000_000_000
 """How long a client is told to wait when a rule denies because its store does not answer."""
 
 
+_LONGEST_FOLDED: Final = 1024
+"""Characters of a field of the body that are normalised: it takes up to the square of their number."""
+
+
 class Access(NamedTuple):
     """Networks that are never limited, and such as are not answered; who is in both is answered."""
 
@@ -655,7 +659,12 @@ def _reports(rules: Iterable[Rule]) -> dict[str, tuple[str, ...]]:
 
 def _folded(text: str | None) -> str | None:
     """A field of the body as a key: to most applications `Bob` and `bob ` log in as the same."""
-    return None if text is None else normalize("NFKC", normalize("NFKC", text).strip().casefold())
+    if text is None:
+        return None
+    text = text.strip()
+    if len(text) > _LONGEST_FOLDED:
+        return text.casefold()
+    return normalize("NFKC", normalize("NFKC", text).strip().casefold())
 
 
 def is_preflight(request: Request) -> bool:
