@@ -691,6 +691,7 @@ def test_places_are_counted_as_people_do() -> None:
         (routes({"match": SECRET, "pool": "api"}), "routes[0].match", "expected a pattern"),
         (routes({"match": None, "pool": "api"}), "routes[0].match", "expected a valid string"),
         (routes({"match": "/*", "pool": 7}), "routes[0].pool", "expected a valid string"),
+        (routes({"match": "/*", "pool": b"api"}), "routes[0].pool", "expected a valid string"),
         (routes({"match": "/*", "pool": "apii"}), "routes[0].pool", 'expected the name of a pool; did you mean "api"?'),
         (routes({"match": "/*", "pool": SECRET}), "routes[0].pool", "expected the name of a pool: api"),
         ({"routes": [{"match": "/*", "pool": SECRET}]}, "routes[0].pool", "there is none: each is a [pools.NAME]"),

@@ -20,7 +20,8 @@ def as_list(value: object) -> object:
 
 Integer: TypeAlias = Annotated[int, Strict()]  # true is no number
 Boolean: TypeAlias = Annotated[bool, Strict()]  # nor is 1 a truth
-Strings: TypeAlias = Annotated[list[str], BeforeValidator(as_list, json_schema_input_type=str | list[str])]
+Text: TypeAlias = Annotated[str, Strict()]  # nor are bytes a text: what is compared between values has seen none
+Strings: TypeAlias = Annotated[list[Text], BeforeValidator(as_list, json_schema_input_type=str | list[str])]
 
 
 def default(written: object, description: str) -> Any:

@@ -14,7 +14,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    Strict,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
@@ -25,7 +24,7 @@ from gatekeeper.http.parts import PartError, part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.ratelimit.rates import parse_rates
 from gatekeeper.ratelimit.rules import KEYS, KeyPartError, key_part
-from gatekeeper.settings.base import Boolean, Integer, Model, Strings, as_list, default
+from gatekeeper.settings.base import Boolean, Integer, Model, Strings, Text, as_list, default
 from gatekeeper.settings.keys import Keys
 from gatekeeper.settings.session import SessionSettings
 from gatekeeper.settings.values import (
@@ -289,7 +288,7 @@ class StoreSettings(Model):
     """Where counters live."""
 
     url: (
-        Annotated[str, AfterValidator(store_url), WithJsonSchema({"type": "string", "pattern": STORE_PATTERN})]
+        Annotated[Text, AfterValidator(store_url), WithJsonSchema({"type": "string", "pattern": STORE_PATTERN})]
         | None
     ) = Field(
         None,
@@ -317,7 +316,7 @@ class IdentitySettings(Model):
         [],
         description='Networks whose forwarding header is believed; "unix" for peers on a Unix socket.',
     )
-    header: Annotated[str, AfterValidator(_field_name)] = Field(
+    header: Annotated[Text, AfterValidator(_field_name)] = Field(
         "X-Forwarded-For",
         description='The one header those proxies write: X-Forwarded-For, "Forwarded", or one with an address.',
     )
@@ -330,7 +329,7 @@ class IdentitySettings(Model):
         description='"session:NAME" (a member of the session), "bearer:NAME" (a claim of a foreign token), '
         '"header:NAME" (believed from trusted proxies) or "package.module:function" of the request.',
     )
-    api_key: Annotated[str, AfterValidator(_api_key)] = Field(
+    api_key: Annotated[Text, AfterValidator(_api_key)] = Field(
         "header:X-API-Key",
         description='Where the part api_key is: header:NAME, cookie:NAME, query:NAME or "bearer".',
     )
@@ -355,7 +354,9 @@ class LimitSettings(Model):
         json_schema_extra={"anyOf": [{"required": ["rate"]}, {"required": ["concurrency"]}]},
     )
 
-    name: Annotated[str, AfterValidator(proper_name)] = Field(description="Told to clients; one of its own a rule.")
+    name: Annotated[Text, AfterValidator(proper_name)] = Field(
+        description="Told to clients; one of its own a rule."
+    )
     rate: Annotated[Strings, AfterValidator(_rates)] = Field(
         [], description='"5/minute", or several: at most so many in any window of that length.'
     )
@@ -365,7 +366,7 @@ class LimitSettings(Model):
     lease: Annotated[int, Duration()] = default(
         "1m", "How long one in progress counts whose process died. (Who lives renews it.)"
     )
-    match: Annotated[str, AfterValidator(_pattern)] | None = Field(
+    match: Annotated[Text, AfterValidator(_pattern)] | None = Field(
         None,
         description='"[METHOD|METHOD] [host]/path" with {name}, {name:path} and a final *; none: all requests.',
     )
@@ -384,7 +385,7 @@ class LimitSettings(Model):
     cost: Annotated[int | Callable[..., Any], BeforeValidator(_cost, json_schema_input_type=int | str)] = Field(
         1, description='Units that a request costs: a number, or "package.module:function" of the request.'
     )
-    settle: Annotated[str, AfterValidator(_settle)] | None = Field(
+    settle: Annotated[Text, AfterValidator(_settle)] | None = Field(
         None,
         description='What tells the real cost once it is known: "app", "bytes" or "header:NAME" of the response.',
     )
@@ -400,7 +401,7 @@ class LimitSettings(Model):
         repr=False,  # the value of a header may be a password
         description='Who is not limited: networks, "file:PATH" of such, user:NAME, header:NAME=VALUE, functions.',
     )
-    scope: Annotated[str, AfterValidator(proper_name)] | None = Field(
+    scope: Annotated[Text, AfterValidator(proper_name)] | None = Field(
         None, description="Rules of one scope spend one quota."
     )
     overrides: Strings = Field([], description="Names of rules that do not apply where this one does.")
@@ -448,10 +449,10 @@ class ResponseSettings(Model):
     retry_jitter: Annotated[int, Duration(zero=True)] = default(
         "0s", "Up to so much is added to Retry-After, so that those refused together do not return together."
     )
-    body: Annotated[str, Field(max_length=1 << 16)] | None = Field(
+    body: Annotated[Text, Field(max_length=1 << 16)] | None = Field(
         None, description="The body of refusals. {status}, {retry_after} and {rules} are filled in."
     )
-    content_type: Annotated[str, Field(pattern=r"^[!-~][ -~]{0,127}$")] = Field(
+    content_type: Annotated[Text, Field(pattern=r"^[!-~][ -~]{0,127}$")] = Field(
         "text/plain; charset=utf-8", description="Of that body."
     )
     handler: Annotated[
@@ -477,7 +478,7 @@ _HANDLER_EXPECTED: Final = 'expected "package.module:function" or a function, of
 class ListenSettings(Model):
     """Where the gateway listens, and what it bears with from clients."""
 
-    address: Annotated[str, AfterValidator(lambda text: str(parse_address(text)))] = Field(
+    address: Annotated[Text, AfterValidator(lambda text: str(parse_address(text)))] = Field(
         "127.0.0.1:8080",
         description='"host:port" (port 0: any that is free), "[v6]:port", or "unix:/path".',
     )
@@ -526,10 +527,10 @@ class ListenSettings(Model):
 class UpstreamSettings(Model):
     """A service that answers."""
 
-    url: Annotated[str, AfterValidator(lambda text: upstream_url(parse_upstream(text)))] = Field(
+    url: Annotated[Text, AfterValidator(lambda text: upstream_url(parse_upstream(text)))] = Field(
         description='"http://host:port" (port 80 if there is none), or "http+unix:///path" of a socket.'
     )
-    id: str = default(
+    id: Text = default(
         None, "What it is known by, of its own in the pool: hashing and health go by it. By default the URL."
     )
     weight: Integer = Field(1, ge=1, le=MOST_WEIGHT, description="Its share beside the others'.")
@@ -567,7 +568,7 @@ class PoolSettings(Model):
         "least_connections",
         description='round_robin, random, least_connections, ring, or "package.module:Name".',
     )
-    key: Annotated[str, AfterValidator(_pool_key)] = Field(
+    key: Annotated[Text, AfterValidator(_pool_key)] = Field(
         "ip",
         description=f"What a ring hashes: {_POOL_KEYS}; what lacks it, by its address.",
     )
@@ -593,10 +594,10 @@ class PoolSettings(Model):
 class RouteSettings(Model):
     """Which requests a pool answers."""
 
-    match: Annotated[str, AfterValidator(_pattern)] = Field(
+    match: Annotated[Text, AfterValidator(_pattern)] = Field(
         description='"[METHOD|METHOD] [host]/path" with {name}, {name:path} and a final *; the most specific wins.'
     )
-    pool: str = Field(description="The name of a pool.")
+    pool: Text = Field(description="The name of a pool.")
 
 
 class Settings(Model):
@@ -615,7 +616,7 @@ class Settings(Model):
     response: ResponseSettings = Field(default_factory=ResponseSettings)
     limits: list[LimitSettings] = Field([], description="The rules. All that match a request apply to it.")
     listen: ListenSettings = Field(default_factory=ListenSettings)
-    pools: dict[Annotated[str, Strict(), AfterValidator(proper_name)], PoolSettings] = Field(
+    pools: dict[Annotated[Text, AfterValidator(proper_name)], PoolSettings] = Field(
         {}, description="Upstreams by the name of their pool. (The middleware ignores them.)"
     )
     routes: list[RouteSettings] = Field(
