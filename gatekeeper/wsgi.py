@@ -23,6 +23,7 @@ App: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
 T = TypeVar("T")
 
 _OTHER: Final = "for ASGI: from gatekeeper.asgi import GatekeeperMiddleware"
+_DIGITS: Final = 19  # so many or more are the length of no body, and of some thousand Python would make an error
 _STATUS: Final = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
 
@@ -123,7 +124,9 @@ class _Ticket(EnvironRequest, Ticket):
         """The body, None if it is longer; the application is given it all the same."""
         environ = self.native
         length = environ.get("CONTENT_LENGTH") or ""
-        left = int(length) if length.isascii() and length.isdigit() else 0
+        left = 0
+        if length.isascii() and length.isdigit():
+            left = int(length) if len(length) < _DIGITS else most + 1
         if environ.get("wsgi.input_terminated"):  # a server that has unchunked the body says so
             left = left or most + 1
         source = environ["wsgi.input"]

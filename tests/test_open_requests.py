@@ -282,6 +282,14 @@ def test_wsgi_a_body_of_unknown_length_is_read_where_the_server_says_it_ends() -
     assert begun(middleware, environ(**values))[0] == 413
 
 
+@pytest.mark.parametrize("length", ["9" * 19, "9" * 5000])
+def test_wsgi_a_body_of_a_length_that_none_has_is_read_as_far_as_it_comes_and_is_no_error(length: str) -> None:
+    middleware = Wsgi(plain, NAMED)
+    statuses = [begun(middleware, environ(b'{"name": "bob"}', CONTENT_LENGTH=length))[0] for _ in range(2)]
+    assert statuses == [200, 429]
+    assert begun(middleware, environ(b"x" * 2000, CONTENT_LENGTH=length))[0] == 413
+
+
 def test_wsgi_what_is_written_counts_among_the_bytes() -> None:
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [])(b"12345")
