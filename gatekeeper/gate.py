@@ -33,11 +33,13 @@ from gatekeeper.ratelimit.fields import (
 )
 from gatekeeper.ratelimit.rates import MOST
 from gatekeeper.ratelimit.rules import RateLimit, Rule, outcome_matches
+from gatekeeper.sessions.tokens import TokenError
 from gatekeeper.ticket import Charge, Refusal, Ticket, tightness
 from gatekeeper.upstreams.pool import Pool, Upstream
 
 if TYPE_CHECKING:
     from gatekeeper.sessions.flow import Sessions
+    from gatekeeper.sessions.vouchers import Vouchers
 
 DENIED_WAIT_NS: Final = 1_000_000_000
 """How long a client is told to wait when a rule denies because its store does not answer."""
@@ -66,7 +68,8 @@ class Leases(Protocol):
 class Destination(NamedTuple):
     """Where a route leads: a pool, by what its policy hashes requests, and how long it is waited for (seconds).
 
-    `by_user` tells that the key is the user, who has to be asked for then.
+    `by_user` tells that the user has to be asked for: the key is made of it, or the upstreams are told; `vouches`,
+    that they are.
     """
 
     pool: Pool
@@ -76,6 +79,7 @@ class Destination(NamedTuple):
     response_timeout: float
     read_timeout: float
     idle_timeout: float
+    vouches: bool = False
 
 
 class Gate:
@@ -93,9 +97,9 @@ class Gate:
     """
 
     __slots__ = (
-        "_access", "_always", "_asks", "_direct", "_hashes_user", "_identity", "_leases", "_manner", "_messages",
-        "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "failures", "keeper", "off",
-        "reads_body", "reports", "route", "rules", "sessions", "shadowed",
+        "_access", "_always", "_asks", "_claims", "_direct", "_hashes_user", "_identity", "_leases", "_manner",
+        "_messages", "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "failures", "keeper",
+        "off", "reads_body", "reports", "route", "rules", "sessions", "shadowed", "vouchers", "vouching",
     )  # fmt: skip
 
     def __init__(
@@ -118,6 +122,10 @@ class Gate:
         self.off = False
         self.sessions: Sessions | None = None
         """What is remembered of clients."""
+        self.vouchers: Vouchers | None = None
+        """Reads what a gateway in front vouches for."""
+        self.vouching: Vouchers | None = None
+        """Writes it, for upstreams that are told."""
         self.keeper: Any = None
         """Whose gate this is, for guards that find it by a request's ticket."""
         self._identity = identity
@@ -141,6 +149,8 @@ class Gate:
         """Whether some rule counts by a field of the body."""
         self.reports: Mapping[str, tuple[str, ...]] = _reports(self.rules)
         """The fields of responses, in lower case, that tell the real cost of a request; for which rules."""
+        # The claims that rules name, and so those that an application's rules may ask for, too.
+        self._claims = sorted({name for rule in self.rules for name in rule.claims})
         self._policies: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
 
     def address(self, request: Request) -> str:
@@ -280,9 +290,33 @@ class Gate:
         rules = self._always or self._table.match(ticket)
         if self._overrides:
             rules = self._remaining(rules)
+        if self.vouchers is not None and self._identity.trusts(ticket.peer):
+            rules = self._vouched(ticket, rules, self.vouchers)
         if rules and ticket.method == "OPTIONS" and is_preflight(ticket):
             rules = tuple(rule for rule in rules if rule.preflights)
         return rules
+
+    def _vouched(self, ticket: Ticket, rules: tuple[Rule, ...], vouchers: Vouchers) -> tuple[Rule, ...]:
+        """Believe a gateway's word: the rules that are still to be charged."""
+        try:
+            vouched = vouchers.read(ticket)
+        except TokenError:
+            self.failures["identity"] += 1
+            return rules
+        if vouched is None:
+            return rules
+        if vouched.user is not None:
+            ticket.user, ticket.claims, ticket.asked_user = vouched.user, vouched.claims, True
+        return tuple(rule for rule in rules if rule.digest not in vouched.charged)
+
+    def vouch(self, ticket: Ticket) -> bytes | None:
+        """What to tell an upstream of the client in the field Gatekeeper-Identity; None if it is told nothing."""
+        if self.vouching is None:
+            return None
+        claims = {name: ticket.claims[name] for name in self._claims if name in ticket.claims}
+        return self.vouching.write(ticket, ticket.user, claims, [rule.digest for rule in ticket.rules]).encode(
+            "ascii"
+        )
 
     def _look_up(self, ticket: Ticket) -> bool:
         """Whether the client's network is denied; the ticket learns whether it is allowed, which outweighs that."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import ipaddress
+import json
 import logging
 import random
 import time
@@ -23,6 +25,7 @@ from gatekeeper.http.parts import only, part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.identity import Identity
 from gatekeeper.keyfiles import Keys
+from gatekeeper.keys import Ring
 from gatekeeper.ratelimit.algorithms import NS, Penalty
 from gatekeeper.ratelimit.fields import Manner
 from gatekeeper.ratelimit.rates import Rate, parse_rates
@@ -46,7 +49,7 @@ from gatekeeper.upkeep import Leases, NetworkFiles
 from gatekeeper.upstreams.health import Ejection
 from gatekeeper.upstreams.policies import POLICIES, RingOrder
 from gatekeeper.upstreams.pool import Pool, Upstream
-from gatekeeper.user_sessions import UserSessions, sessions_of
+from gatekeeper.user_sessions import UserSessions, sessions_of, vouchers_of
 
 _LOG: Final = logging.getLogger("gatekeeper")
 
@@ -91,12 +94,15 @@ class Gatekeeper:
         """The ring of the settings' keys; None without any."""
         self.gate = self._gate = _gate(self.settings, self._files, self._leases, workers)
         self.gate.keeper = self
+        self.sessions: UserSessions | None = None
+        """The sessions of users; None without `[session]`."""
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
         self.use(open_store(self.settings.store, _limits(self._gate)) if store is None else store)
         self.sessions = self._sessions()
-        """The sessions of users; None without `[session]`."""
         self._gate.sessions = None if self.sessions is None else self.sessions.flow
+        self._vouch()
+        self._choose_way()
         self._punishing = [rule.penalty for rule in self.gate.rules if rule.penalty is not None]
         self._files.watch()
         self.enabled = self.settings.enabled
@@ -111,9 +117,15 @@ class Gatekeeper:
         self.store = checked_store(store)
         # Memory always answers: nothing need stand between.
         self.ask: Callable[[Hits], Replies] = store.ask if isinstance(store, MemoryStore) else self._ask
-        # An asynchronous function can only be awaited, whatever the store.
-        self.awaits = not store.local or any(is_asynchronous(one) for _, one in self.functions())
+        self._choose_way()
         return before
+
+    def _choose_way(self) -> None:
+        """Whether a decision may have to be awaited."""
+        flow = self._gate.sessions
+        remote = flow is not None and not flow.is_local and self._by_session
+        # An asynchronous function can only be awaited, whatever the store.
+        self.awaits = not self.store.local or remote or any(is_asynchronous(one) for _, one in self.functions())
 
     def require(self, *, awaiting: bool) -> None:
         """Raises MissingExtra, now and not later, if the store lacks a package for being asked so."""
@@ -162,21 +174,38 @@ class Gatekeeper:
             task.add_done_callback(self._finishing.discard)
             await asyncio.shield(task)
 
+    @property
+    def _by_session(self) -> bool:
+        user = self.settings.identity.user
+        return isinstance(user, str) and user.startswith("session:")
+
+    def _ring(self, what: str) -> Ring:
+        if self.keys is None:
+            raise SettingsError([f'keys: expected some for {what}, such as keys = ["env:GATEKEEPER_KEY"]'])
+        return self.keys.ring
+
     def _sessions(self) -> UserSessions | None:
         settings = self.settings
         if settings.session is None:
+            if self._by_session:
+                raise SettingsError(["session: expected a [session], of which identity.user names a member"])
             return None
-        if self.keys is None:
-            raise SettingsError(['keys: expected some for [session], such as keys = ["env:GATEKEEPER_KEY"]'])
-        user = settings.identity.user
-        kind, _, name = user.partition(":") if isinstance(user, str) else ("", "", "")
         return sessions_of(
             settings.session,
-            self.keys.ring,
+            self._ring("[session]"),
             open_sessions(settings, self.store),
-            user=name if kind == "session" else "sub",
+            user=str(settings.identity.user).removeprefix("session:") if self._by_session else "sub",
             warn=_LOG.warning,
         )
+
+    def _vouch(self) -> None:
+        gate, settings = self._gate, self.settings
+        passes = any(pool.pass_identity for pool in settings.pools.values())
+        if settings.identity.from_gateway or passes:
+            ring = self._ring("identity.from_gateway" if settings.identity.from_gateway else "pass_identity")
+            vouchers = vouchers_of(ring)
+            gate.vouchers = vouchers if settings.identity.from_gateway else None
+            gate.vouching = vouchers if passes else None
 
     def rule(self, limit: LimitSettings, space: str, route: str | None = None) -> Rule:
         """A rule that is not of the settings, for a guard; `route` is what its key's part "route" stands for.
@@ -335,7 +364,13 @@ def _gate(settings: Settings, files: NetworkFiles, leases: Leases, workers: int)
     scopes = Counter(limit.scope for limit in settings.limits if limit.scope)
     rules = [
         rule_of(
-            limit, settings, files, f"limits[{place}]", workers=workers, is_shared=scopes[limit.scope or ""] > 1
+            limit,
+            settings,
+            files,
+            f"limits[{place}]",
+            workers=workers,
+            is_shared=scopes[limit.scope or ""] > 1,
+            digest=_digest(limit),
         )
         for place, limit in enumerate(settings.limits)
     ]
@@ -383,11 +418,13 @@ def _destination(name: str, settings: PoolSettings) -> Destination:
     return Destination(
         pool,
         part(settings.key) if pool.needs_key else None,
-        pool.needs_key and (settings.key == "user" or settings.key.startswith("claim:")),
+        settings.pass_identity
+        or (pool.needs_key and (settings.key == "user" or settings.key.startswith("claim:"))),
         settings.connect_timeout / 1e9,
         settings.response_timeout / 1e9,
         settings.read_timeout / 1e9,
         settings.idle_timeout / 1e9,
+        settings.pass_identity,
     )
 
 
@@ -416,6 +453,7 @@ def rule_of(
     is_shared: bool = False,
     space: str | None = None,
     route: str | None = None,
+    digest: str = "",
 ) -> Rule:
     """The rule that settings describe. Raises SettingsError, for files that they name."""
     if limit.concurrency is None:
@@ -449,7 +487,18 @@ def rule_of(
         shadow=limit.shadow,
         overrides=limit.overrides,
         messages=limit.per == "message",
+        digest=digest,
     )
+
+
+def _digest(limit: LimitSettings) -> str:
+    """What tells a rule from any other, in each process that has read it: functions are told by their names."""
+
+    def name(function: Any) -> str:
+        return f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__name__)}"
+
+    text = json.dumps(limit.model_dump(), default=name, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _exemption(entries: Sequence[Any], files: NetworkFiles, where: str) -> Exemption:

@@ -15,6 +15,7 @@ from gatekeeper.sessions.cookies import Cookie
 from gatekeeper.sessions.flow import Sessions, StoredSessions, TokenSessions
 from gatekeeper.sessions.state import Entry, Session
 from gatekeeper.sessions.tokens import Tokens
+from gatekeeper.sessions.vouchers import LIFE, PURPOSE, TYPE, Vouchers
 from gatekeeper.settings.session import SessionSettings
 
 ISSUER: Final = "gatekeeper"
@@ -75,6 +76,12 @@ class UserSessions:
                 'session: tokens are with their clients, and cannot be listed; see session.kind = "store"'
             )
         return self.flow
+
+
+def vouchers_of(ring: Ring, clock: Callable[[], float] = time.time) -> Vouchers:
+    """What a gateway writes, and the applications behind it read. Raises MissingExtra."""
+    tokens = Tokens(ring, issuer=ISSUER, audience=PURPOSE, longest=LIFE, purpose=PURPOSE, typ=TYPE)
+    return Vouchers(tokens, clock)
 
 
 def sessions_of(

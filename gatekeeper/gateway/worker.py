@@ -35,7 +35,8 @@ def front_of(
     """What a worker decides by, made of a Gatekeeper. `log` takes the lines of the access log, if there is one."""
     listen = keeper.settings.listen
     identity = keeper.settings.identity
-    user = identity.user.removeprefix("header:") if isinstance(identity.user, str) else None
+    named = isinstance(identity.user, str) and identity.user.startswith("header:")
+    user = str(identity.user).removeprefix("header:") if named else None
     return Front(
         loop,
         keeper.gate,

@@ -345,6 +345,9 @@ class Exchange(WireRequest, Ticket):
             lines.append(b"Expect: 100-continue")
         lines += self.client.told(self)
         lines.append(self.front.via)
+        assert self.destination is not None
+        if self.destination.vouches and (vouched := self.front.gate.vouch(self)) is not None:
+            lines.append(b"Gatekeeper-Identity: " + vouched)
         if self.length:
             lines.append(
                 b"Transfer-Encoding: chunked" if self.length == CHUNKED else b"Content-Length: %d" % self.length

@@ -80,7 +80,12 @@ CLAIMS: Final = (b"x-forwarded-", b"forwarded", b"x-real-ip")
 """How the fields begin in which a proxy speaks of the client. Believed, and passed on, from trusted peers alone."""
 
 _SENSITIVE: Final = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization"))
-_REQUEST_SPECIAL: Final = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"via", b"max-forwards", b"proxy"}
+IDENTITY: Final = b"gatekeeper-identity"
+"""In this field a gateway vouches for the client: so no client may send it on."""
+
+_REQUEST_SPECIAL: Final = HOP_BY_HOP | {
+    b"host", b"content-length", b"expect", b"via", b"max-forwards", b"proxy", IDENTITY,
+}  # fmt: skip
 _FRAMING: Final = frozenset((b"connection", b"content-length", b"transfer-encoding"))
 _RESPONSE_SPECIAL: Final = HOP_BY_HOP | {b"content-length"}
 

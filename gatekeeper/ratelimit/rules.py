@@ -160,14 +160,16 @@ class Rule:
     - `overrides`: the names of rules that do not apply where this one does.
     - `messages`: whether it is for the messages within a WebSocket instead of for requests.
     - `workers`: among how many processes a stand-in divides the limit.
+    - `digest`: tells it from any other rule, in another process too; "" for one that need not be.
 
     Raises KeyPartError.
     """
 
     __slots__ = (
-        "_parts", "_tier", "asks", "body_fields", "by_address", "cost", "exempt", "functions", "gives_back",
-        "is_open", "is_plain", "is_shared", "limits", "may_undo", "messages", "name", "needs_user", "on_error",
-        "overrides", "pattern", "penalty", "preflights", "resets_on", "route", "settles", "shadow", "tiers",
+        "_parts", "_tier", "asks", "body_fields", "by_address", "claims", "cost", "digest", "exempt", "functions",
+        "gives_back", "is_open", "is_plain", "is_shared", "limits", "may_undo", "messages", "name", "needs_user",
+        "on_error", "overrides", "pattern", "penalty", "preflights", "resets_on", "route", "settles", "shadow",
+        "tiers",
     )  # fmt: skip
 
     def __init__(
@@ -196,6 +198,7 @@ class Rule:
         shadow: bool = False,
         overrides: Iterable[str] = (),
         messages: bool = False,
+        digest: str = "",
     ) -> None:
         self.name = name
         self.pattern = pattern
@@ -211,6 +214,7 @@ class Rule:
         self.shadow = shadow
         self.overrides = frozenset(overrides)
         self.messages = messages
+        self.digest = digest
         self._parts = tuple(self._reading(one) for one in keys)
         self._tier = None if tier is None else self._reading(tier)
         texts = [text for text in (*keys, tier) if isinstance(text, str)]
@@ -221,6 +225,7 @@ class Rule:
         self.body_fields = tuple(
             (kind, field) for kind, _, field in (text.partition(":") for text in texts) if kind in BODY_FIELDS
         )
+        self.claims = tuple(text.removeprefix("claim:") for text in texts if text.startswith("claim:"))
         self.asks = bool(self.needs_user or self.functions or self.body_fields)
         # Whether `finish` has something to do for it, and whether a charge may then be undone.
         self.is_open = bool(gives_back or resets_on or settles) or algorithm == "concurrency"

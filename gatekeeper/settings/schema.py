@@ -333,6 +333,9 @@ class IdentitySettings(Model):
         "header:X-API-Key",
         description='Where the part api_key is: header:NAME, cookie:NAME, query:NAME or "bearer".',
     )
+    from_gateway: Boolean = Field(
+        False, description="Whether a gateway's word is believed (Gatekeeper-Identity), from trusted proxies."
+    )
     max_body: Annotated[int, Size(1, 1 << 16)] = default(
         "64KiB", "How much of a body is read for keys of form and JSON fields. A longer one is answered 413."
     )
@@ -587,6 +590,9 @@ class PoolSettings(Model):
     idle_timeout: Annotated[int, Duration(zero=True)] = default(
         "4s",
         "How long an unused connection to an upstream is kept: less than the upstream keeps it. 0s: not at all.",
+    )
+    pass_identity: Boolean = Field(
+        False, description="Whether the upstreams are told who was verified, and what was charged."
     )
     health: HealthSettings = Field(default_factory=HealthSettings)
 
