@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable
+from base64 import b64decode
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from itertools import count
 from typing import Final
@@ -25,6 +26,7 @@ _PLACEHOLDERS: Final = re.compile(
     rb"change.?me|secret|password|placeholder|example|insecure|your.?(secret|key)|replace|django-insecure|0123456789",
     re.IGNORECASE,
 )
+_PRIVATE: Final = re.compile(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----\s(.+?)-----END \1-----", re.DOTALL)
 _FEWEST_KINDS: Final = 8  # of bytes in a secret: what has fewer was not drawn at random
 
 _versions = count(1)
@@ -102,8 +104,17 @@ class Key:
         if found is None:
             if not self.is_private:
                 raise KeyRingError(f"key {self.id}: expected a private key or a secret, to derive others of it")
-            found = self._derived[purpose, length] = hkdf(self.secret, b"gatekeeper/" + purpose.encode(), length)
+            secret = self.secret if self.is_symmetric else self._der()
+            found = self._derived[purpose, length] = hkdf(secret, b"gatekeeper/" + purpose.encode(), length)
         return found
+
+    def _der(self) -> bytes:
+        """What a PEM holds: two that differ in line ends alone are one key (RFC 7468)."""
+        block = _PRIVATE.search(self.secret)
+        try:
+            return b64decode(b"".join(block[2].split()), validate=True)  # type: ignore[index]
+        except (ValueError, TypeError):
+            raise KeyRingError(f"key {self.id}: expected the PEM of a private key for {self.algorithm}") from None
 
     def __repr__(self) -> str:
         return f"<Key {self.id}, {self.algorithm}, {self.state}>"
@@ -112,15 +123,18 @@ class Key:
 class Ring:
     """Keys, one of which signs. Raises KeyRingError unless one is active, and each id stands once."""
 
-    __slots__ = ("_by_id", "_secrets", "active", "keys", "version")
+    __slots__ = ("_by_id", "_secrets", "active", "checks", "keys", "version")
 
     keys: tuple[Key, ...]
     """In the order in which they were given."""
     active: Key
     version: int
     """Another one after each change, in all rings of the process."""
+    checks: list[Callable[[tuple[Key, ...]], object]]
+    """Asked before keys are replaced, by who makes something of them; each may raise KeyRingError."""
 
     def __init__(self, keys: Iterable[Key]) -> None:
+        self.checks = []
         self.replace(keys)
 
     def replace(self, keys: Iterable[Key]) -> None:
@@ -134,6 +148,9 @@ class Ring:
         ids = [key.id for key in keys]
         if len(set(ids)) != len(ids):
             raise KeyRingError("keys: expected an id of its own for each")
+        for check in self.checks:
+            check(keys)
+        # The version comes last: who reads it first, and then the keys, has these or newer ones, and asks again.
         self.keys = keys
         self.active = active[0]
         self._by_id = {key.id: key for key in keys if key.state is not KeyState.REVOKED}
@@ -146,10 +163,11 @@ class Ring:
 
     def secrets(self, purpose: str) -> list[bytes]:
         """Derived secrets of all keys that verify, the active one's last: as itsdangerous takes them."""
-        found = self._secrets.get(purpose)
+        known = self._secrets  # before the keys: what is made of old ones is not kept among the new
+        found = known.get(purpose)
         if found is None:
             others = [key for key in self._by_id.values() if key is not self.active and key.is_private]
-            found = self._secrets[purpose] = [key.derive(purpose) for key in (*others, self.active)]
+            found = known[purpose] = [key.derive(purpose) for key in (*others, self.active)]
         return found
 
     def __repr__(self) -> str:
@@ -167,6 +185,8 @@ def hkdf(secret: bytes, info: bytes, length: int) -> bytes:
 
 
 def _check_secret(id: str, algorithm: str, secret: bytes) -> None:
+    if b"-----BEGIN " in secret:  # a public key is known to all, and as a secret would sign for all
+        raise KeyRingError(f"key {id}: expected a secret for {algorithm}; a PEM goes with {', '.join(ASYMMETRIC)}")
     fewest = HMAC_BYTES.get(algorithm, 32)
     if algorithm == ENCRYPTION and len(secret) != fewest:
         raise KeyRingError(f"key {id}: expected {fewest} bytes for {algorithm}, and it has {len(secret)}")

@@ -350,10 +350,10 @@ class StoredSessions(Sessions):
         return None
 
     def _signer(self) -> Signer:
-        ring = self._ring
-        if self._signers is None or self._signers[0] != ring.version:
-            keys = ring.secrets("session-id")
-            self._signers = ring.version, Signer(keys, salt=b"gatekeeper", digest_method=hashlib.sha256)
+        version = self._ring.version
+        if self._signers is None or self._signers[0] != version:
+            keys = self._ring.secrets("session-id")
+            self._signers = version, Signer(keys, salt=b"gatekeeper", digest_method=hashlib.sha256)
         return self._signers[1]
 
 
@@ -471,7 +471,10 @@ class TokenSessions(Sessions):
             claims["sub"] = owner
         if session.label is not None:
             claims["label"] = session.label[:LONGEST_LABEL]
-        return self._tokens.seal({**claims, "data": session.held}, now)
+        try:
+            return self._tokens.seal({**claims, "data": session.held}, now)
+        except ValueError as error:
+            raise SessionError(f'session: {error}; see session.kind = "store"') from None
 
     def revoke(self, owner: str, id: str | None = None, but: Session | None = None) -> Steps[int]:
         # All those that were written up to now: how many these are nobody knows.

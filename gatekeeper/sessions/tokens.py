@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from base64 import urlsafe_b64decode
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Any, Final, NamedTuple, NoReturn
 
 from gatekeeper.errors import GatekeeperError, MissingExtra
@@ -21,7 +22,12 @@ LONGEST: Final = 32 * 1024
 LEEWAY: Final = 60
 """The seconds by which the clock of who issued a token may be ahead of ours."""
 
-_REMEMBERED: Final = 2048
+REMEMBERED: Final = 2048
+"""So many tokens that were verified are remembered, twice: those seen lately, and those seen before them."""
+
+REMEMBERED_CHARACTERS: Final = 1 << 20
+"""So many characters they may have in all, twice."""
+
 _LONGEST_REMEMBERED: Final = 4096
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9_-]*")
 # The last characters of a text in base64url that says nothing in the bits which stand over (RFC 4648, 3.5).
@@ -48,13 +54,18 @@ audience or type; issued in the future; expired."""
 
 
 class Claims(Mapping[str, Any]):
-    """What a token says, verified. `is_old` tells that it is under a key that does not sign any more."""
+    """What a token says, verified, and the key it is under."""
 
-    __slots__ = ("_claims", "is_old")
+    __slots__ = ("_claims", "key")
 
-    def __init__(self, claims: dict[str, Any], is_old: bool) -> None:
+    def __init__(self, claims: dict[str, Any], key: Key) -> None:
         self._claims = claims
-        self.is_old = is_old
+        self.key = key
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the key is retiring, so that the token is to be issued anew."""
+        return self.key.state is KeyState.RETIRING
 
     def __getitem__(self, name: str) -> Any:
         return self._claims[name]
@@ -72,6 +83,39 @@ class _Lock(NamedTuple):
     key: Key
     algorithm: str
     material: Any
+    """As joserfc takes it."""
+    way: Any
+    """joserfc's algorithm, which signs and verifies; None to encrypt."""
+    header: str
+    """The first segment of what is written under it."""
+
+
+class _Known:
+    """The keys of one version of the ring, and what was verified under them.
+
+    All of it goes when the ring changes, in one step: a thread that is late with what it verified under a key which
+    is revoked by now adds it to what nobody looks into any more.
+    """
+
+    __slots__ = ("active", "characters", "fresh", "headers", "locks", "stale", "version")
+
+    def __init__(self, version: int, locks: dict[str, _Lock], active: _Lock) -> None:
+        self.version = version
+        self.locks = locks
+        self.active = active
+        self.headers: dict[str, _Lock] = {}
+        # In two generations: what is asked for moves into the fresh one, and the stale one is forgotten as a whole.
+        self.fresh: dict[str, Claims] = {}
+        self.stale: dict[str, Claims] = {}
+        self.characters = 0
+
+    def remember(self, token: str, claims: Claims) -> None:
+        if len(token) > _LONGEST_REMEMBERED:
+            return
+        if len(self.fresh) >= REMEMBERED or self.characters + len(token) > REMEMBERED_CHARACTERS:
+            self.stale, self.fresh, self.characters = self.fresh, {}, 0
+        self.fresh[token] = claims
+        self.characters += len(token)
 
 
 class Tokens:
@@ -83,7 +127,8 @@ class Tokens:
     - `encrypt`: whether tokens are encrypted (JWE, `dir` with A256GCM) and not signed: who holds one cannot read it
     - `purpose`: secrets are derived for it, and `typ` names it: a token for one passes for no other
 
-    Raises MissingExtra without joserfc, KeyRingError for a key that cannot be used so.
+    Raises MissingExtra without joserfc, KeyRingError for a key that cannot be used so; from then on the ring takes
+    no such key.
     """
 
     def __init__(
@@ -97,7 +142,7 @@ class Tokens:
         purpose: str = "session",
         typ: str = "gks+jwt",
     ) -> None:
-        self._jws, self._jwe, self._jwk = _joserfc()
+        self._jws, self._jwe, self._jwk = joserfc()
         self._ring = ring
         self._issuer = issuer
         self._audience = audience
@@ -105,70 +150,82 @@ class Tokens:
         self._encrypts = encrypt
         self._purpose = purpose
         self._typ = typ
-        self._version = 0
-        self._locks: dict[str, _Lock] = {}
-        self._headers: dict[str, _Lock] = {}
-        # What was verified, in two generations, by its text.
-        self._fresh: dict[str, Claims] = {}
-        self._stale: dict[str, Claims] = {}
-        self._refresh()
+        self._known = self._renewed()
+        ring.checks.append(self._locks)
 
     def seal(self, claims: Mapping[str, Any], now: int) -> str:
         """A token that says `claims`, among them `exp` (and `iat`, by default now): seconds since the epoch.
 
-        Raises ValueError for a life longer than `longest`, or claims that JSON cannot hold.
+        Raises ValueError for a life longer than `longest`, for claims that JSON cannot hold, and for so many that
+        the token would not be read again.
         """
-        if self._version != self._ring.version:
-            self._refresh()
-        document = {"iss": self._issuer, "aud": self._audience, "iat": now, **claims}
-        if not 0 <= document["exp"] - document["iat"] <= self._longest:
-            raise ValueError(f"exp: expected at most {self._longest} s after iat")
-        payload = _encode(document).encode()
-        key, algorithm, material = self._lock
-        header = {"alg": algorithm, "kid": key.id, "typ": self._typ}
-        if self._encrypts:
-            header["enc"] = ENCRYPTION
-            return str(self._jwe.encrypt_compact(header, payload, material, algorithms=["dir", ENCRYPTION]))
-        return str(self._jws.serialize_compact(header, payload, material, algorithms=[algorithm]))
+        known = self._known
+        if known.version != self._ring.version:
+            known = self._renewed()
+        document = {"iat": now, **claims, "iss": self._issuer, "aud": self._audience}
+        problem = self._wrong_times(document)
+        if problem:
+            raise ValueError(problem)
+        try:
+            payload = _encode(document).encode()
+        except (TypeError, RecursionError):
+            raise ValueError("expected claims of texts, numbers, truths, lists and mappings by text") from None
+        lock = known.active
+        if lock.way is None:
+            header = self._header_of(lock.key, lock.algorithm)
+            token = str(self._jwe.encrypt_compact(header, payload, lock.material, algorithms=["dir", ENCRYPTION]))
+        else:
+            signed = f"{lock.header}.{_segment(payload)}"
+            token = f"{signed}.{_segment(lock.way.sign(signed.encode(), lock.material))}"
+        if len(token) > LONGEST:
+            raise ValueError(f"expected claims that make a token of at most {LONGEST} characters")
+        return token
 
     def open(self, token: str, now: int) -> Claims:
         """What a token says, at `now` (seconds since the epoch). Raises TokenError, and nothing else for any text.
 
-        One that was seen before is looked up, and only its time is checked.
+        One that was seen before is looked up, and only its time is checked. What is within the claims is shared by
+        all who ask: it is not to be changed.
         """
-        if self._version != self._ring.version:
-            self._refresh()
-        claims = self._fresh.get(token) or self._stale.get(token)
+        known = self._known
+        if known.version != self._ring.version:
+            known = self._renewed()
+        claims = known.fresh.get(token)
         if claims is None:
-            claims = self._verified(token)
-            if len(token) <= _LONGEST_REMEMBERED:
-                if len(self._fresh) >= _REMEMBERED:
-                    self._stale, self._fresh = self._fresh, {}
-                self._fresh[token] = claims
-        if now >= claims["exp"]:
+            claims = known.stale.get(token)
+            if claims is None:
+                claims = self._verified(token, known)
+            known.remember(token, claims)
+        said = claims._claims
+        if now >= said["exp"]:
             raise TokenError("expired")
-        if claims["iat"] > now + LEEWAY:
+        if said["iat"] > now + LEEWAY:
             raise TokenError("early")
         return claims
 
-    def _verified(self, token: str) -> Claims:
+    def _verified(self, token: str, known: _Known) -> Claims:
         if len(token) > LONGEST:
             raise TokenError("long")
         segments = token.split(".", 5)
-        if len(segments) != (5 if self._encrypts else 3) or not all(map(_is_canonical, segments)):
+        if len(segments) != (5 if self._encrypts else 3) or not all(map(is_canonical, segments)):
             raise TokenError("malformed")
         # A header that was right before need not be read again: it is the same for all tokens under a key.
-        lock = self._headers.get(segments[0]) or self._header(segments[0])
+        lock = known.headers.get(segments[0]) or self._header(segments[0], known)
+        payload: bytes | None = None
         try:
-            if self._encrypts:
+            if lock.way is None:
                 payload = self._jwe.decrypt_compact(token, lock.material, algorithms=["dir", ENCRYPTION]).plaintext
-            else:
-                payload = self._jws.deserialize_compact(token, lock.material, algorithms=[lock.algorithm]).payload
+            elif lock.way.verify(token[: token.rindex(".")].encode(), segment_bytes(segments[2]), lock.material):
+                payload = segment_bytes(segments[1])
         except Exception:  # whatever joserfc and what is below it make of hostile bytes
-            raise TokenError("signature") from None
-        return Claims(self._checked(payload), lock.key is not self._ring.active)
+            payload = None
+        if payload is None:
+            raise TokenError("signature")
+        if len(known.headers) < 64:
+            known.headers[segments[0]] = lock
+        return Claims(self._checked(payload), lock.key)
 
-    def _header(self, segment: str) -> _Lock:
+    def _header(self, segment: str, known: _Known) -> _Lock:
         header = parsed(segment_bytes(segment), "header")
         members = {"alg", "kid", "typ", "enc"} if self._encrypts else {"alg", "kid", "typ"}
         if header.keys() != members:
@@ -176,47 +233,62 @@ class Tokens:
         if header["typ"] != self._typ:
             raise TokenError("foreign")
         id = header["kid"]
-        lock = self._locks.get(id) if isinstance(id, str) else None
-        if lock is None:
+        lock = known.locks.get(id) if isinstance(id, str) else None
+        if lock is None or header["alg"] != lock.algorithm or header.get("enc", ENCRYPTION) != ENCRYPTION:
             raise TokenError("key")
-        if header["alg"] != lock.algorithm or header.get("enc", ENCRYPTION) != ENCRYPTION:
-            raise TokenError("key")
-        if len(self._headers) < 64:
-            self._headers[segment] = lock
         return lock
 
-    def _checked(self, payload: bytes | None) -> dict[str, Any]:
-        claims = parsed(payload or b"", "claims")
+    def _checked(self, payload: bytes) -> dict[str, Any]:
+        claims = parsed(payload, "claims")
         if claims.get("iss") != self._issuer or claims.get("aud") != self._audience:
             raise TokenError("foreign")
-        issued, expires = claims.get("iat"), claims.get("exp")
-        if type(issued) is not int or type(expires) is not int or not 0 <= expires - issued <= self._longest:
+        if self._wrong_times(claims):
             raise TokenError("claims")
         return claims
 
-    def _refresh(self) -> None:
-        """The ring has other keys: forget what was verified under those before."""
-        version = self._ring.version
-        keys = [key for key in self._ring.keys if key.state is not KeyState.REVOKED]
-        self._locks = {key.id: self._lock_of(key) for key in keys if key.is_private or not self._encrypts}
-        self._lock = self._locks[self._ring.active.id]
-        self._headers, self._fresh, self._stale = {}, {}, {}
-        self._version = version
+    def _wrong_times(self, claims: Mapping[str, Any]) -> str | None:
+        issued, expires = claims.get("iat"), claims.get("exp")
+        if type(issued) is not int or type(expires) is not int:  # a truth is no number here
+            return "iat, exp: expected whole seconds since the epoch"
+        if not 0 <= expires - issued <= self._longest:
+            return f"exp: expected at most {self._longest} s after iat"
+        return None
 
-    def _lock_of(self, key: Key) -> _Lock:
+    def _renewed(self) -> _Known:
+        """The ring has other keys: what was verified under those before is forgotten."""
+        version, keys = self._ring.version, self._ring.keys
+        locks = self._locks(keys)
+        active = next(locks[key.id] for key in keys if key.state is KeyState.ACTIVE)
+        known = self._known = _Known(version, locks, active)
+        return known
+
+    def _locks(self, keys: tuple[Key, ...]) -> dict[str, _Lock]:
+        """The keys that verify, by their ids. Raises KeyRingError."""
+        living = [key for key in keys if key.state is not KeyState.REVOKED]
+        return {key.id: self._lock(key) for key in living if key.is_private or not self._encrypts}
+
+    def _lock(self, key: Key) -> _Lock:
         if self._encrypts:
-            return _Lock(key, "dir", self._jwk.OctKey.import_key(key.derive(f"{self._purpose}-encrypted")))
+            secret = self._jwk.OctKey.import_key(key.derive(f"{self._purpose}-encrypted"))
+            return _Lock(key, "dir", secret, None, "")
         if key.algorithm == ENCRYPTION:
             raise KeyRingError(f"key {key.id}: expected a key that signs, or encrypt = true: {ENCRYPTION} encrypts")
         if key.algorithm in ASYMMETRIC:
-            return _Lock(key, key.algorithm, asymmetric(key))
-        secret = key.derive(self._purpose, HMAC_BYTES[key.algorithm])
-        return _Lock(key, key.algorithm, self._jwk.OctKey.import_key(secret))
+            material = asymmetric(key)
+        else:
+            material = self._jwk.OctKey.import_key(key.derive(self._purpose, HMAC_BYTES[key.algorithm]))
+        way = self._jws.JWSRegistry.algorithms[key.algorithm]
+        header = _encode(self._header_of(key, key.algorithm)).encode()
+        return _Lock(key, key.algorithm, material, way, _segment(header))
+
+    def _header_of(self, key: Key, algorithm: str) -> dict[str, str]:
+        header = {"alg": algorithm, "kid": key.id, "typ": self._typ}
+        return {**header, "enc": ENCRYPTION} if self._encrypts else header
 
 
 def asymmetric(key: Key) -> Any:
     """A key pair, or a public key, for joserfc. Raises KeyRingError for one that is weak, or of another kind."""
-    _, _, jwk = _joserfc()
+    _, _, jwk = joserfc()
     try:
         if key.algorithm in ("RS256", "PS256"):
             rsa = jwk.RSAKey.import_key(key.secret)
@@ -238,7 +310,7 @@ def asymmetric(key: Key) -> Any:
     return okp
 
 
-def _joserfc() -> tuple[Any, Any, Any]:
+def joserfc() -> tuple[Any, Any, Any]:
     """The library, once tokens are used: others do without it, and importing it takes a while."""
     try:
         from joserfc import jwe, jwk, jws
@@ -247,7 +319,7 @@ def _joserfc() -> tuple[Any, Any, Any]:
     return jws, jwe, jwk
 
 
-def _is_canonical(segment: str) -> bool:
+def is_canonical(segment: str) -> bool:
     """Whether a segment is base64url without padding, in the one way to write it: else a token has many texts."""
     over = len(segment) % 4
     return over != 1 and _SEGMENT.fullmatch(segment) is not None and (not over or segment[-1] in _LAST[over])
@@ -257,10 +329,14 @@ def segment_bytes(segment: str) -> bytes:
     return urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
 
 
+def _segment(raw: bytes) -> str:
+    return urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
+
+
 def parsed(document: bytes, reason: str) -> dict[str, Any]:
-    """A JSON object in which no member stands twice, and no number is none. Raises TokenError."""
+    """A JSON object in which no member stands twice, and every number is finite. Raises TokenError."""
     try:
-        found = json.loads(document.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        found = _decode(document.decode("utf-8"))
     except (ValueError, RecursionError):
         raise TokenError(reason) from None
     if not isinstance(found, dict):
@@ -277,3 +353,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):  # 1e999
+        raise ValueError("a number is infinite")
+    return number
+
+
+_decode: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite).decode
