@@ -104,8 +104,8 @@ class GatekeeperMiddleware:
         finally:
             if token is not None:
                 CURRENT.reset(token)
-            if ticket.session is not None and ticket.sent == 101:
-                await ticket.keep()
+            if ticket.session is not None and ticket.sent == 101 and gate.sessions is not None:
+                await arun(gate.sessions.keep(ticket.session), anobody)
             if ticket.is_open:
                 await keeper.afinish(ticket)
             ticket.native = None  # scope and ticket held each other: the cycle would wait for the collector
@@ -183,20 +183,6 @@ class _Ticket(ScopeRequest, Ticket):
             await self.replace(self.gate.refusal(self))
         else:
             await self.outgoing(_with(message, fields) if fields else message)
-
-    async def keep(self) -> None:
-        """Write what a WebSocket has changed in the session since it was accepted."""
-        session = self.session
-        if session is None or not session.is_written or session.now() is None:
-            return
-        if session.version is None:
-            session.warn("a session was changed in a WebSocket, after its client could be told: the change is lost")
-            return
-        session.is_written = False
-        try:
-            await arun(self.gate.save(self), anobody)
-        except StoreError as error:
-            session.warn(f"a session was not written: {error}")
 
     async def read(self, most: int) -> bytes | None:
         """The body, None if it is longer; the application is given it all the same."""

@@ -78,6 +78,11 @@ class UserSessions:
         return self.flow
 
 
+def session_tokens(ring: Ring, *, longest: int, encrypt: bool = False) -> Tokens:
+    """What writes and reads sessions as tokens, each for `longest` seconds at most. Raises MissingExtra."""
+    return Tokens(ring, issuer=ISSUER, audience="session", longest=longest, encrypt=encrypt)
+
+
 def vouchers_of(ring: Ring, clock: Callable[[], float] = time.time) -> Vouchers:
     """What a gateway writes, and the applications behind it read. Raises MissingExtra."""
     tokens = Tokens(ring, issuer=ISSUER, audience=PURPOSE, longest=LIFE, purpose=PURPOSE, typ=TYPE)
@@ -121,11 +126,5 @@ def sessions_of(
             raise SettingsError(["session.store: expected a store"])
         grace = -(-settings.grace // 10**9)
         return UserSessions(StoredSessions(ring, most=settings.most_per_user, grace=grace, **common))
-    tokens = Tokens(
-        ring,
-        issuer=ISSUER,
-        audience="session",
-        longest=common["absolute"],
-        encrypt=settings.encrypt,
-    )
+    tokens = session_tokens(ring, longest=common["absolute"], encrypt=settings.encrypt)
     return UserSessions(TokenSessions(tokens, bearer=settings.bearer, **common))

@@ -116,6 +116,19 @@ class Sessions:
         """
         raise NotImplementedError
 
+    def keep(self, session: Session) -> Steps[None]:
+        """Write what was changed since the head was sent, as in a WebSocket, where the client need not be told."""
+        if not session.is_written or session.now() is None:
+            return
+        if session.version is None or session.is_ended or session.is_rotated:
+            self.warn("a session was changed when its client could not be told any more: the change is lost")
+            return
+        session.is_written = False
+        try:
+            yield from self.save(session)
+        except StoreError as error:
+            self.warn(f"a session was not written: {error}")
+
     def _write(self, session: Session, changed: bool) -> Steps[Fields]:
         raise NotImplementedError
 

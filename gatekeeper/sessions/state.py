@@ -173,10 +173,6 @@ class Session(MutableMapping[str, Any]):
         before: dict[str, Any] = json.loads(self._before)
         return before
 
-    def warn(self, text: str) -> None:
-        """Tell an operator."""
-        self._flow.warn(text)
-
     def now(self) -> bytes | None:
         """What it holds as text, if that has changed; None if not. Raises SessionError for what is no JSON."""
         if self._data is None:

@@ -12,6 +12,7 @@ from gatekeeper_fastapi.dependency import RateLimit
 from gatekeeper_fastapi.endpoints import limit
 from gatekeeper_fastapi.openapi import PROBLEM_RESPONSES, RESPONSES, document
 from gatekeeper_fastapi.report import Report, check, uncovered
+from gatekeeper_fastapi.sessions import Session, SessionMiddleware
 from gatekeeper_fastapi.tickets import RateLimited, WebSocketLimited, limited_handler
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "RateLimit",
     "RateLimited",
     "Report",
+    "Session",
+    "SessionMiddleware",
     "WebSocketLimited",
     "check",
     "document",
