@@ -1,4 +1,4 @@
-"""Rate limits at the front door of a Python web application."""
+"""Rate limits, sessions and dispatch at the front door of a Python web application."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gatekeeper.commands import Verdict
-    from gatekeeper.errors import GatekeeperError, Limited, SettingsError, StoreError
+    from gatekeeper.errors import GatekeeperError, Limited, SessionError, SettingsError, StoreError
     from gatekeeper.keeper import Ban, Gatekeeper
     from gatekeeper.limiter import Limiter
+    from gatekeeper.sessions.state import Session
     from gatekeeper.ticket import Refusal, Ticket
 
 __version__ = "0.1.0"
@@ -20,6 +21,8 @@ __all__ = [
     "Limited",
     "Limiter",
     "Refusal",
+    "Session",
+    "SessionError",
     "SettingsError",
     "StoreError",
     "Ticket",
@@ -33,6 +36,8 @@ _HOMES = {
     "Limited": "gatekeeper.errors",
     "Limiter": "gatekeeper.limiter",
     "Refusal": "gatekeeper.ticket",
+    "Session": "gatekeeper.sessions.state",
+    "SessionError": "gatekeeper.errors",
     "SettingsError": "gatekeeper.errors",
     "StoreError": "gatekeeper.errors",
     "Ticket": "gatekeeper.ticket",

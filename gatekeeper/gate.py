@@ -495,12 +495,8 @@ class Gate:
             return []
         try:
             return (yield from sessions.save(session))
-        except StoreError as error:
-            self.failures["session"] += 1
-            if sessions.empties:
-                sessions.warn(f"a session was not written: {error}")
-                return []
-            session.failure, ticket.refused = error, 503
+        except StoreError:
+            ticket.refused = 503
             raise
 
     def report(self, ticket: Ticket, name: str, value: str) -> None:

@@ -30,6 +30,7 @@ from gatekeeper.ratelimit.algorithms import NS, Penalty
 from gatekeeper.ratelimit.fields import Manner
 from gatekeeper.ratelimit.rates import Rate, parse_rates
 from gatekeeper.ratelimit.rules import Exemption, RateLimit, Rule
+from gatekeeper.sessions.flow import Sessions
 from gatekeeper.settings import (
     IdentitySettings,
     LimitSettings,
@@ -126,6 +127,11 @@ class Gatekeeper:
         remote = flow is not None and not flow.is_local and self._by_session
         # An asynchronous function can only be awaited, whatever the store.
         self.awaits = not self.store.local or remote or any(is_asynchronous(one) for _, one in self.functions())
+
+    def use_sessions(self, flow: Sessions) -> None:
+        """Load and save sessions by `flow` from now on; for frameworks that have cookies of their own."""
+        self.sessions = UserSessions(flow)
+        self.gate.sessions = self._gate.sessions = flow
 
     def require(self, *, awaiting: bool) -> None:
         """Raises MissingExtra, now and not later, if the store lacks a package for being asked so."""

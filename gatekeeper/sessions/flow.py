@@ -67,6 +67,8 @@ class Sessions:
         self.early = early
         self.is_local = store is None or store.local
         """Whether loading and saving never wait for another machine."""
+        self.session_class = Session
+        """What `open` makes; a framework's own has more to it."""
         self._clock = clock
         self._draw = draw
         self.warn = warn
@@ -76,7 +78,7 @@ class Sessions:
         came = request.fields("cookie")
         if came and self.cookie.name not in "".join(came):
             came = []
-        return Session(self, came, blocking=blocking)
+        return self.session_class(self, came, blocking=blocking)
 
     def owner(self, data: Mapping[str, Any]) -> str | None:
         """Whose a session with this is."""
@@ -92,7 +94,8 @@ class Sessions:
     def save(self, session: Session) -> Steps[Fields]:
         """Write a session if it changed, or is worth renewing: the fields to add to the response.
 
-        Once; what is changed later is lost. Raises StoreError, and SessionError for what cannot be stored.
+        Once; what is changed later is lost. Raises SessionError for what cannot be stored; and StoreError where the
+        store does not answer, unless sessions may be empty then.
         """
         session.is_written = True
         if not session.is_loaded:
@@ -106,7 +109,14 @@ class Sessions:
                 self.warn("a session was changed while its store did not answer: the change is lost")
             return fields
         if changed is not None or session.is_ended or session.is_rotated or session.renews:
-            fields += yield from self._write(session, changed is not None)
+            try:
+                fields += yield from self._write(session, changed is not None)
+            except StoreError as error:
+                self.counts["store"] += 1
+                if not self.empties:
+                    session.failure = error
+                    raise
+                self.warn(f"a session was not written: {error}")
         return fields
 
     def revoke(self, owner: str, id: str | None = None, but: Session | None = None) -> Steps[int]:
@@ -131,6 +141,10 @@ class Sessions:
 
     def _write(self, session: Session, changed: bool) -> Steps[Fields]:
         raise NotImplementedError
+
+    def _cookie_of(self, session: Session) -> Cookie:
+        persistent = session.persistent
+        return self.cookie if persistent is None else self.cookie._replace(persistent=persistent)
 
     def _now(self) -> int:
         return int(self._clock())
@@ -229,7 +243,9 @@ class StoredSessions(Sessions):
         if session.is_moved:
             return []  # another request was told the new id
         assert session.id is not None
-        return written(self.cookie, self._signer().sign(session.id).decode("ascii"), self._left(session.born, now))
+        return written(
+            self._cookie_of(session), self._signer().sign(session.id).decode("ascii"), self._left(session.born, now)
+        )
 
     def _put(self, session: Session, data: dict[str, Any], now: int) -> Steps[tuple[str, str, int]]:
         """A new record: its id, key and version. The id is ours: who planted one that came would know it."""
@@ -390,7 +406,7 @@ class TokenSessions(Sessions):
             for value in request.fields("authorization"):
                 scheme, _, token = value.partition(" ")
                 if scheme.lower() == "bearer":
-                    return Session(self, [token.strip()], blocking=blocking, source="bearer")
+                    return self.session_class(self, [token.strip()], blocking=blocking, source="bearer")
         return super().open(request, blocking=blocking)
 
     def load(self, session: Session) -> Steps[None]:
@@ -464,7 +480,7 @@ class TokenSessions(Sessions):
                 "a session that came as a bearer token was changed: hand the client Gatekeeper.token(session)"
             )
             return []
-        return written(self.cookie, token, self._left(session.born, now), session.came)
+        return written(self._cookie_of(session), token, self._left(session.born, now), session.came)
 
     def token(self, session: Session, now: int | None = None) -> str:
         """The session as it is now, as a token. Raises SessionError for one that is too long."""

@@ -37,8 +37,8 @@ class Session(MutableMapping[str, Any]):
 
     __slots__ = (
         "_before", "_data", "_flow", "accessed", "blocking", "born", "came", "failure", "id", "is_cut", "is_ended",
-        "is_gone", "is_moved", "is_rotated", "is_written", "key", "label", "not_before", "renews", "seen", "source",
-        "version",
+        "is_gone", "is_moved", "is_rotated", "is_written", "key", "label", "not_before", "persistent", "renews",
+        "seen", "source", "version",
     )  # fmt: skip
 
     def __init__(self, flow: Sessions, came: Sequence[str], *, blocking: bool, source: str = "cookie") -> None:
@@ -62,6 +62,8 @@ class Session(MutableMapping[str, Any]):
         """Whether it turned out, when it was saved, that it was ended elsewhere."""
         self.renews = False
         """Whether it is worth writing, though nothing changed."""
+        self.persistent: bool | None = None
+        """Whether its cookie outlives the browser; None: as all of them."""
         self.not_before = 0
         """A token of it is not to be older (seconds since the epoch)."""
         self.is_cut = False

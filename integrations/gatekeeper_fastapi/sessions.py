@@ -127,11 +127,7 @@ class _Request:
 
     async def forward(self, message: Message) -> None:
         if message["type"] in _HEADS:
-            try:
-                fields = await arun(self._flow.save(self._session), anobody)
-            except StoreError as error:
-                self._session.failure = error
-                raise
+            fields = await arun(self._flow.save(self._session), anobody)
             self._is_begun = True
             if fields:
                 message = {**message, "headers": [*message.get("headers", ()), *fields]}

@@ -9,5 +9,6 @@ except ImportError:
 
 from gatekeeper_flask.errors import Refused, TooManyRequests
 from gatekeeper_flask.extension import Gatekeeper
+from gatekeeper_flask.sessions import SessionInterface
 
-__all__ = ["Gatekeeper", "Refused", "TooManyRequests"]
+__all__ = ["Gatekeeper", "Refused", "SessionInterface", "TooManyRequests"]

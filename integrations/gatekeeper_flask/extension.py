@@ -15,11 +15,13 @@ from gatekeeper import Gatekeeper as Keeper
 from gatekeeper.commands import Store, run
 from gatekeeper.decorators import Guard, limited
 from gatekeeper.errors import SettingsError
+from gatekeeper.settings import load_settings
 from gatekeeper.ticket import Ticket
 from gatekeeper_flask.commands import group
 from gatekeeper_flask.config import Given, called, own, settings_of
 from gatekeeper_flask.errors import error_of
 from gatekeeper_flask.home import FlaskTicket, Home
+from gatekeeper_flask.sessions import adapted, fit
 
 NAME: Final = "gatekeeper"
 """Where the extension is in `app.extensions`, and the name of its commands."""
@@ -118,7 +120,9 @@ class Gatekeeper:
             keeper = settings
         else:
             workers = self._workers if self._workers is not None else own(app.config, "WORKERS", 1)
-            keeper = Keeper(settings, store=self._store, workers=workers)
+            keeper = Keeper(adapted(app, load_settings(settings)), store=self._store, workers=workers)
+            if keeper.sessions is not None:
+                app.session_interface = fit(keeper, app)
         exempt_static = own(app.config, "EXEMPT_STATIC", self._exempt_static)
         home = Home(self, app, keeper, exempt_static=exempt_static)
         for places in (self._limited.values(), self._defaults, *self._blueprints.values()):
