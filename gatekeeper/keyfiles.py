@@ -91,7 +91,7 @@ class Keys:
             try:
                 self.ring.replace(self._read())
                 self._seen, self._told = seen, ""
-            except SettingsError as error:
+            except (SettingsError, KeyRingError) as error:  # the latter of what is made of the ring
                 if str(error) != self._told:
                     self._warn(f"the keys are as they were: {error}")
                 self._told = str(error)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from gatekeeper.commands import SessionStore, anobody, arun, nobody, run
 from gatekeeper.errors import SessionError, SettingsError
 from gatekeeper.http.message import Request
-from gatekeeper.keys import Ring
+from gatekeeper.keys import KeyRingError, Ring
 from gatekeeper.sessions.cookies import Cookie
 from gatekeeper.sessions.flow import Sessions, StoredSessions, TokenSessions
 from gatekeeper.sessions.state import Entry, Session
@@ -126,5 +126,8 @@ def sessions_of(
             raise SettingsError(["session.store: expected a store"])
         grace = -(-settings.grace // 10**9)
         return UserSessions(StoredSessions(ring, most=settings.most_per_user, grace=grace, **common))
-    tokens = session_tokens(ring, longest=common["absolute"], encrypt=settings.encrypt)
+    try:
+        tokens = session_tokens(ring, longest=common["absolute"], encrypt=settings.encrypt)
+    except KeyRingError as error:
+        raise SettingsError([f"keys: {error}"]) from None
     return UserSessions(TokenSessions(tokens, bearer=settings.bearer, **common))
