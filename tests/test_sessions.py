@@ -725,3 +725,74 @@ class TestTokens:
         assert browser.read() == {"a": 1}
         ring.replace([new])
         assert browser.read() == {"a": 1}
+
+
+class TestForFrameworks:
+    """What frameworks need that save a session several times in a request, or have ages of their own."""
+
+    def test_an_id_that_nobody_has_seen_yet_is_kept_when_somebody_logs_in(self, flow: Sessions) -> None:
+        """A framework rotates before it names the user: the id that it has told the application then stays."""
+        browser = Browser(flow)
+        browser.write(cart=1)
+        session = browser.begin()
+        session.rotate()
+        run(flow.save(session), nobody)
+        key = session.key
+        session["sub"] = "ada"
+        browser.end(session)
+        assert session.key == key
+        assert browser.read() == {"cart": 1, "sub": "ada"}
+
+    def test_an_id_from_before_never_outlives_a_login(self, flow: Sessions) -> None:
+        """Though it was saved in between: only an id that was drawn in this request is kept."""
+        browser = Browser(flow)
+        browser.write(cart=1)
+        session = browser.begin()
+        session["cart"] = 2
+        run(flow.save(session), nobody)
+        key = session.key
+        session["sub"] = "ada"
+        browser.end(session)
+        assert session.key != key
+
+    def test_a_user_has_no_more_sessions_than_may_be_when_the_id_was_drawn_before_the_login(
+        self, stored: Callable[..., StoredSessions], clock: Clock
+    ) -> None:
+        """The ones not seen for longest make room, whenever the user became known."""
+        flow = stored(most=2)
+        for _ in range(3):
+            session = Browser(flow).begin()
+            session["cart"] = 1
+            run(flow.save(session), nobody)
+            session["sub"] = "ada"
+            clock.advance(1)
+            run(flow.save(session), nobody)
+            assert session.born == int(clock.now)
+        assert [entry.seen for entry in run(flow.listed("ada"), nobody)] == [int(clock.now), int(clock.now) - 1]
+
+    def test_a_session_that_stays_is_kept_though_it_holds_nothing(self, flow: Sessions) -> None:
+        """It has an id, which is the same once it holds something."""
+        browser = Browser(flow)
+        session = browser.begin()
+        session.stays = session.renews = True
+        browser.end(session)
+        assert "__Host-session" in browser.jar
+        assert session.id is not None
+        again = browser.begin()
+        assert not again.is_new
+        assert dict(again) == {}
+        assert again.id == session.id
+
+    def test_a_session_lives_as_long_as_it_says_within_the_absolute_bound(
+        self, flow: Sessions, clock: Clock
+    ) -> None:
+        """`lives` is asked with what it holds; what it says is in force at the second."""
+        flow.lives = lambda data, seen: data.get("life", IDLE)
+        for life, lasts in ((60, 60), (IDLE * 3, IDLE * 3), (ABSOLUTE * 2, ABSOLUTE)):
+            browser = Browser(flow)
+            browser.write(life=life)
+            clock.advance(lasts - 1)
+            held = browser.begin()
+            assert dict(held) == {"life": life}
+            clock.advance(1)
+            assert browser.read() == {}

@@ -69,6 +69,8 @@ class Sessions:
         """Whether loading and saving never wait for another machine."""
         self.session_class = Session
         """What `open` makes; a framework's own has more to it."""
+        self.lives: Callable[[Mapping[str, Any], int], int] | None = None
+        """For how many seconds a session lives that holds this and was last written then; None: `idle`, each."""
         self._clock = clock
         self._draw = draw
         self.warn = warn
@@ -149,15 +151,26 @@ class Sessions:
     def _now(self) -> int:
         return int(self._clock())
 
-    def _is_over(self, born: int, seen: int, now: int) -> bool:
-        return now >= seen + self.idle or now >= born + self.absolute
+    def _life(self, data: Mapping[str, Any], seen: int) -> int:
+        return self.idle if self.lives is None else self.lives(data, seen)
 
-    def _is_worth_renewing(self, seen: int, now: int) -> bool:
+    def _is_over(self, data: Mapping[str, Any], born: int, seen: int, now: int) -> bool:
+        return now >= seen + self._life(data, seen) or now >= born + self.absolute
+
+    def _is_worth_renewing(self, data: Mapping[str, Any], seen: int, now: int) -> bool:
         """A write for each request would be one too many; a session seen lately lives nearly as long."""
-        return (now - seen) * 10 >= self.idle
+        return (now - seen) * 10 >= self._life(data, seen)
 
-    def _left(self, born: int, now: int) -> int:
-        return max(1, min(self.idle, born + self.absolute - now))
+    def _left(self, data: Mapping[str, Any], born: int, now: int) -> int:
+        return max(1, min(self._life(data, now), born + self.absolute - now))
+
+    def _changes_hands(self, session: Session) -> bool:
+        """Whether it has another user, and somebody may know its id from before."""
+        return not session.is_fresh and self.owner(session.held) != self.owner(session.before())
+
+    def _is_login(self, session: Session, data: Mapping[str, Any]) -> bool:
+        """Whether somebody has just logged in: then the session begins anew, as far as its age goes."""
+        return self.owner(data) not in (None, self.owner(session.before()))
 
     def _fail(self, session: Session, error: StoreError) -> None:
         """The store did not answer."""
@@ -215,41 +228,46 @@ class StoredSessions(Sessions):
             self._reject(session, "unknown")
             return
         now = self._now()
-        if self._is_over(text.born, text.seen, now):
+        if self._is_over(text.data, text.born, text.seen, now):
             self._reject(session, "expired")
             return
         session.id, session.key, session.version = found, key, version
         session.born, session.seen, session.label = text.born, text.seen, text.label
-        session.renews = self._is_worth_renewing(text.seen, now)
+        session.renews = self._is_worth_renewing(text.data, text.seen, now)
         session.fill(text.data)
 
     def _write(self, session: Session, changed: bool) -> Steps[Fields]:
         now = self._now()
-        if session.is_ended or not session.held:
+        if session.is_ended or not session.is_kept:
             if session.key is not None:
                 _raised((yield Delete(self.store, session.key)))
             session.forget()
-            if not session.held:
+            if not session.is_kept:
                 session.written({}, None)
                 return dropped(self.cookie) if session.came else []
         if session.key is None:
             session.born = now
             yield from self._begin(session, session.held, (yield from self._put(session, session.held, now)), now)
-        elif session.is_rotated or self.owner(session.held) != self.owner(session.before()):
+        elif session.is_rotated or self._changes_hands(session):
             if not (yield from self._rotate(session, now)):
                 return dropped(self.cookie)
-        elif not (yield from self._update(session, now, changed)):
-            return dropped(self.cookie)
+        else:
+            is_login = self._is_login(session, session.held)
+            if is_login:
+                session.born = now
+            if not (yield from self._update(session, now, changed)):
+                return dropped(self.cookie)
+            if is_login:
+                yield from self._make_room(session)
         if session.is_moved:
             return []  # another request was told the new id
         assert session.id is not None
-        return written(
-            self._cookie_of(session), self._signer().sign(session.id).decode("ascii"), self._left(session.born, now)
-        )
+        value = self._signer().sign(session.id).decode("ascii")
+        return written(self._cookie_of(session), value, self._left(session.held, session.born, now))
 
     def _put(self, session: Session, data: dict[str, Any], now: int) -> Steps[tuple[str, str, int]]:
         """A new record: its id, key and version. The id is ours: who planted one that came would know it."""
-        ttl, owner = self._left(session.born, now), self.owner(data)
+        ttl, owner = self._left(data, session.born, now), self.owner(data)
         text = write_text(Text(data, session.born, now, session.label, None))
         while True:
             id = urlsafe_b64encode(self._draw(_ID_BYTES)).rstrip(b"=").decode("ascii")
@@ -261,9 +279,13 @@ class StoredSessions(Sessions):
     def _begin(self, session: Session, data: dict[str, Any], found: tuple[str, str, int], now: int) -> Steps[None]:
         """It is to be found under a new id."""
         session.id, session.key, version = found
-        session.seen, session.is_moved = now, False
+        session.seen, session.is_moved, session.is_fresh = now, False, True
         session.written(data, version)
-        owner = self.owner(data)
+        yield from self._make_room(session)
+
+    def _make_room(self, session: Session) -> Steps[None]:
+        """End what its user has beyond `most`."""
+        owner = self.owner(session.held)
         if owner is not None and self.most is not None:
             entries = yield from self.listed(owner)
             others = [entry for entry in entries if entry.id != session.key]
@@ -276,7 +298,7 @@ class StoredSessions(Sessions):
         for _ in range(_ATTEMPTS):
             assert session.key is not None
             text = write_text(Text(data, session.born, now, session.label, None))
-            ttl = self._left(session.born, now)
+            ttl = self._left(data, session.born, now)
             owner = self.owner(data)
             reply = _raised(
                 (yield Save(self.store, session.key, text, version=session.version, ttl=ttl, owner=owner))
@@ -305,8 +327,8 @@ class StoredSessions(Sessions):
         """
         old, known, data = session.key, session.version, session.held
         assert old is not None
-        if self.owner(data) not in (None, self.owner(session.before())):
-            session.born = now  # who has just logged in begins anew
+        if self._is_login(session, data):
+            session.born = now
         if not self.grace:
             reply = _raised((yield Delete(self.store, old)))
             theirs = None if reply is None else read_text(reply.data)
@@ -329,7 +351,7 @@ class StoredSessions(Sessions):
                 break
             known, data = reply.version, session.merged(theirs.data)
             text = write_text(Text(data, session.born, now, session.label, None))
-            ttl, owner = self._left(session.born, now), self.owner(data)
+            ttl, owner = self._left(data, session.born, now), self.owner(data)
             version = _raised((yield Save(self.store, key, text, version=version, ttl=ttl, owner=owner)))
         _raised((yield Delete(self.store, key)))
         self._lose(session)
@@ -342,7 +364,7 @@ class StoredSessions(Sessions):
         entries = []
         for key, record in found:
             text = read_text(record.data)
-            if text is not None and text.moved is None and not self._is_over(text.born, text.seen, now):
+            if text is not None and text.moved is None and not self._is_over(text.data, text.born, text.seen, now):
                 entries.append(Entry(key, text.born, text.seen, text.label))
         return sorted(entries, key=lambda entry: entry.seen, reverse=True)
 
@@ -436,14 +458,14 @@ class TokenSessions(Sessions):
             self._reject(session, "foreign")
             return
         now = self._now()
-        if self._is_over(born, seen, now):
+        if self._is_over(data, born, seen, now):
             self._reject(session, "expired")
             return
         if self.store is not None and (yield from self._is_revoked(session, id, self.owner(data), seen)):
             return
         session.id, session.key = id, _digest(f"sid:{id}")
         session.born, session.seen, session.label = born, seen, label
-        session.renews = self._is_worth_renewing(seen, now) or claims.is_old
+        session.renews = self._is_worth_renewing(data, seen, now) or claims.is_old
         session.fill(copied(data))
 
     def _is_revoked(self, session: Session, id: str, owner: str | None, seen: int) -> Steps[bool]:
@@ -463,14 +485,17 @@ class TokenSessions(Sessions):
 
     def _write(self, session: Session, changed: bool) -> Steps[Fields]:
         now = self._now()
-        rotates = session.is_rotated or self.owner(session.held) != self.owner(session.before())
-        if session.is_ended or not session.held or rotates:
+        left = self._left(session.before(), session.born, now)
+        rotates = session.is_rotated or self._changes_hands(session)
+        if self._is_login(session, session.held):
+            session.born = 0
+        if session.is_ended or not session.is_kept or rotates:
             if session.id is not None and self.store is not None:
-                yield from self._mark(_digest(f"sid:{session.id}"), now, self._left(session.born, now))
-            if not rotates or self.owner(session.held) not in (None, self.owner(session.before())):
+                yield from self._mark(_digest(f"sid:{session.id}"), now, left)
+            if not rotates:
                 session.born = 0
             session.id = session.key = None
-            if not session.held:
+            if not session.is_kept:
                 session.written({}, None)
                 return dropped(self.cookie, session.came) if session.came and session.source == "cookie" else []
         token = self.token(session)
@@ -480,7 +505,7 @@ class TokenSessions(Sessions):
                 "a session that came as a bearer token was changed: hand the client Gatekeeper.token(session)"
             )
             return []
-        return written(self._cookie_of(session), token, self._left(session.born, now), session.came)
+        return written(self._cookie_of(session), token, self._left(session.held, session.born, now), session.came)
 
     def token(self, session: Session, now: int | None = None) -> str:
         """The session as it is now, as a token. Raises SessionError for one that is too long."""
@@ -489,9 +514,10 @@ class TokenSessions(Sessions):
         if session.id is None:
             session.id = urlsafe_b64encode(self._draw(16)).rstrip(b"=").decode("ascii")
             session.key = _digest(f"sid:{session.id}")
+            session.is_fresh = True
         claims: dict[str, Any] = {
             "iat": now,
-            "exp": min(now + self.idle, session.born + self.absolute),
+            "exp": min(max(now, now + self._life(session.held, now)), session.born + self.absolute),
             "born": session.born,
             "sid": session.id,
         }

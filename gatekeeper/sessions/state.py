@@ -37,8 +37,8 @@ class Session(MutableMapping[str, Any]):
 
     __slots__ = (
         "_before", "_data", "_flow", "accessed", "blocking", "born", "came", "failure", "id", "is_cut", "is_ended",
-        "is_gone", "is_moved", "is_rotated", "is_written", "key", "label", "not_before", "persistent", "renews",
-        "seen", "source", "version",
+        "is_fresh", "is_gone", "is_moved", "is_rotated", "is_written", "key", "label", "not_before", "persistent",
+        "renews", "seen", "source", "stays", "version",
     )  # fmt: skip
 
     def __init__(self, flow: Sessions, came: Sequence[str], *, blocking: bool, source: str = "cookie") -> None:
@@ -58,6 +58,10 @@ class Session(MutableMapping[str, Any]):
         self.is_ended = self.is_rotated = self.is_written = False
         self.is_moved = False
         """Whether the client's id is an old one that leads to it for a while."""
+        self.is_fresh = False
+        """Whether its id was drawn since it was opened: nobody knew it before."""
+        self.stays = False
+        """Whether it is kept though it holds nothing, as some frameworks have it."""
         self.is_gone = False
         """Whether it turned out, when it was saved, that it was ended elsewhere."""
         self.renews = False
@@ -170,6 +174,10 @@ class Session(MutableMapping[str, Any]):
         """What it holds, without a mark that the application has seen it; empty if it is not loaded."""
         return {} if self._data is None else self._data
 
+    @property
+    def is_kept(self) -> bool:
+        return self.stays or bool(self.held)
+
     def before(self) -> dict[str, Any]:
         """What it held when it was read."""
         before: dict[str, Any] = json.loads(self._before)
@@ -192,7 +200,7 @@ class Session(MutableMapping[str, Any]):
         """It is a new one: what the client has leads nowhere."""
         self.id = self.key = self.version = None
         self.born = self.seen = 0
-        self.is_ended = self.is_rotated = self.is_moved = False
+        self.is_ended = self.is_rotated = self.is_moved = self.is_fresh = False
 
     def merged(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         """What another request has written, with what was changed here since: by name, and the later save wins."""
