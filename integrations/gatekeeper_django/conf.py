@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime
 from threading import Lock
 from typing import Any, Final
 
 from django.conf import settings as django_settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
+from django.utils.encoding import force_bytes
 
 from gatekeeper.commands import Batch
 from gatekeeper.errors import MissingExtra, SettingsError
 from gatekeeper.http.routes import Table
 from gatekeeper.keeper import Gatekeeper
+from gatekeeper.keys import hkdf
 from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import Settings, is_asynchronous, load_settings
+from gatekeeper.settings.keys import KeySettings
+from gatekeeper.settings.session import SessionSettings
+from gatekeeper.settings.values import LONGEST_NS
 from gatekeeper.ticket import Ticket
 from gatekeeper_django.requests import user_of
 
 SETTING: Final = "GATEKEEPER"
+
+USER: Final = "_auth_user_id"
+"""The member of a session that says whose it is: django.contrib.auth writes it."""
+
+EXPIRY: Final = "_session_expiry"
+"""The member of a session that Django's `set_expiry` writes."""
+
+_OTHERS: Final = ("SECRET_KEY", "SECRET_KEY_FALLBACKS", "SESSION_COOKIE_NAME")
+"""Settings of Django's that a Gatekeeper is made of besides."""
 
 
 class Policy:
@@ -28,9 +45,10 @@ class Policy:
 
     - `needs_user`: whether some rule counts by the user, whom Django's own middleware makes known
     - `bans`: whether some rule has a penalty
+    - `slides`: whether a session lives on because it is read; Django's own do only when they are changed
     """
 
-    __slots__ = ("_early", "bans", "keeper", "needs_user")
+    __slots__ = ("_early", "bans", "keeper", "needs_user", "slides")
 
     def __init__(self, keeper: Gatekeeper) -> None:
         self.keeper = keeper
@@ -39,6 +57,7 @@ class Policy:
         self.needs_user = keeper.settings.identity.user is user_of and any(rule.needs_user for rule in rules)
         # Of rules that override others it cannot be told beforehand which apply.
         plain = [rule for rule in rules if rule.is_plain and not rule.asks]
+        self.slides = keeper.settings.session is not None and "idle" in keeper.settings.session.model_fields_set
         overriding = any(rule.overrides for rule in rules)
         self._early: Table[Rule] = Table((rule.pattern, rule) for rule in ([] if overriding else plain))
 
@@ -74,11 +93,46 @@ def written() -> Any:
 
 
 def load() -> Settings:
-    """The settings, checked; the user is Django's unless they say otherwise. Raises SettingsError."""
+    """The settings, checked; what they do not say of users, keys and sessions is Django's. Raises SettingsError."""
     found = load_settings(written())
     if found.identity.user is None:
         found = found.model_copy(update={"identity": found.identity.model_copy(update={"user": user_of})})
+    if found.session is not None:
+        found = found.model_copy(update={"keys": found.keys or _secret_keys(), "session": _aged(found.session)})
     return found
+
+
+def _secret_keys() -> list[KeySettings]:
+    """Keys derived of SECRET_KEY, which signs, and SECRET_KEY_FALLBACKS, which verify."""
+    secrets = (django_settings.SECRET_KEY, *django_settings.SECRET_KEY_FALLBACKS)
+    drawn = (hkdf(force_bytes(secret), b"gatekeeper/django", 32) for secret in dict.fromkeys(secrets))
+    return [KeySettings(key=urlsafe_b64encode(key).rstrip(b"=").decode("ascii")) for key in drawn]
+
+
+def _aged(session: SessionSettings) -> SessionSettings:
+    """Where nothing is said of how long sessions live, it is as long as Django's do, which have no absolute end."""
+    if session.model_fields_set & {"idle", "absolute"}:
+        return session
+    return session.model_copy(update={"absolute": LONGEST_NS})
+
+
+def lives(idle: int | None) -> Callable[[Mapping[str, Any], int], int]:
+    """How many seconds a session lives that was written then: as `set_expiry` or SESSION_COOKIE_AGE say.
+
+    `idle`: what they cannot exceed, if anything.
+    """
+
+    def life(data: Mapping[str, Any], seen: int) -> int:
+        age: int = django_settings.SESSION_COOKIE_AGE
+        expiry = data.get(EXPIRY)
+        if isinstance(expiry, str):
+            with suppress(ValueError, OverflowError, OSError):  # what is no date is none of Django's
+                age = int(datetime.fromisoformat(expiry).timestamp()) - seen
+        elif expiry and isinstance(expiry, int | float):
+            age = int(expiry)
+        return age if idle is None else min(age, idle)
+
+    return life
 
 
 def workers() -> int | None:
@@ -115,15 +169,29 @@ def _make() -> Policy:
     with _LOCK:
         if _policy is None:
             try:
-                _policy = Policy(Gatekeeper(load(), workers=workers() or 1))
+                _policy = Policy(_keeper(load()))
             except SettingsError as error:
                 raise misconfigured(error.problems) from None
         return _policy
 
 
+def _keeper(settings: Settings) -> Gatekeeper:
+    keeper = Gatekeeper(settings, workers=workers() or 1)
+    if keeper.sessions is not None:
+        flow = keeper.sessions.flow
+        # The cookie is Django's SessionMiddleware's.
+        flow.cookie = flow.cookie._replace(name=django_settings.SESSION_COOKIE_NAME)
+        if not str(settings.identity.user).startswith("session:"):
+            flow.user = USER
+        session = settings.session
+        assert session is not None
+        flow.lives = lives(flow.idle if "idle" in session.model_fields_set else None)
+    return keeper
+
+
 def _forget(*, setting: str, **_: Any) -> None:
     global _policy
-    if setting == SETTING:
+    if setting == SETTING or setting in _OTHERS:
         with _LOCK:
             before, _policy = _policy, None
         if before is not None:
