@@ -5,22 +5,14 @@
 
 from __future__ import annotations
 
-from tests.django_home import database  # first: Django wants its settings
-
 # isort: split
-import asyncio
-import os
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.contrib.sessions.backends.base import CreateError, UpdateError
 from django.test import override_settings
-from django.utils import timezone
 
-import gatekeeper_django
 from gatekeeper_django.sessions import SessionStore
 from tests.redis_servers import shared_server
 

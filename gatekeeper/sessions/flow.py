@@ -6,6 +6,7 @@ import hashlib
 from base64 import urlsafe_b64encode
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from itsdangerous import BadSignature, Signer
@@ -17,7 +18,7 @@ from gatekeeper.http.message import Request
 from gatekeeper.keys import Ring
 from gatekeeper.sessions.cookies import Cookie, dropped, joined, written
 from gatekeeper.sessions.state import LONGEST_LABEL, Entry, Session, Text, copied, read_text, write_text
-from gatekeeper.sessions.tokens import TokenError, Tokens
+from gatekeeper.sessions.tokens import TokenError, Tokens, is_canonical
 
 _ATTEMPTS: Final = 16
 """So often a session is written again that others keep changing."""
@@ -394,10 +395,9 @@ class StoredSessions(Sessions):
         """The id that came, if we signed it. Of several the first that is ours: others may have been planted."""
         signer = self._signer()
         for value in list(joined(self.cookie, session.came))[:_MOST_TRIED]:
-            try:
-                return signer.unsign(value).decode("ascii")
-            except (BadSignature, UnicodeError):
-                continue
+            if all(map(is_canonical, value.split("."))):
+                with suppress(BadSignature, UnicodeError):
+                    return signer.unsign(value).decode("ascii")
         return None
 
     def _signer(self) -> Signer:
