@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tomllib
@@ -36,7 +37,10 @@ def blocks(language: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(("page", "line", "code"), blocks("python"))
-def test_a_block_of_python_runs_by_itself(page: Path, line: int, code: str) -> None:
+def test_a_block_of_python_runs_by_itself(
+    page: Path, line: int, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEKEEPER_KEY", secrets.token_urlsafe(32))
     # The blank lines make a traceback point into the page.
     exec(compile("\n" * line + code, str(page), "exec"), {"__name__": "block"})
 
@@ -96,7 +100,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-LISTED = {"limits", "routes", "pools.NAME.upstreams"}
+LISTED = {"keys", "limits", "routes", "pools.NAME.upstreams"}
 """The tables that come in lists."""
 
 TOP = "At the top"

@@ -437,6 +437,7 @@ def test_a_pool_needs_its_upstreams_alone() -> None:
     second = 10**9
     assert the_pool(pool()).model_dump(exclude={"upstreams"}) == {
         "policy": "least_connections",
+        "pass_identity": False,
         "key": "ip",
         "vnodes": 160,
         "connect_timeout": 2 * second,
@@ -534,12 +535,12 @@ def test_places_are_counted_as_people_do() -> None:
         ({"identity": {"ipv6_prefix": 0}}, "identity.ipv6_prefix", "expected greater than or equal to 1"),
         ({"identity": {"ipv6_prefix": 129}}, "identity.ipv6_prefix", "expected less than or equal to 128"),
         ({"identity": {"ipv6_prefix": SECRET}}, "identity.ipv6_prefix", "expected a valid integer"),
-        ({"identity": {"user": SECRET}}, "identity.user", 'expected "header:NAME"'),
-        ({"identity": {"user": ""}}, "identity.user", 'expected "header:NAME"'),
-        ({"identity": {"user": 7}}, "identity.user", 'expected "header:NAME"'),
-        ({"identity": {"user": {"name": SECRET}}}, "identity.user", 'expected "header:NAME"'),
-        ({"identity": {"user": "header:"}}, "identity.user", 'expected "header:NAME"'),
-        ({"identity": {"user": f"header:{SECRET} x"}}, "identity.user", 'expected "header:NAME"'),
+        ({"identity": {"user": SECRET}}, "identity.user", 'expected "session:NAME"'),
+        ({"identity": {"user": ""}}, "identity.user", 'expected "session:NAME"'),
+        ({"identity": {"user": 7}}, "identity.user", 'expected "session:NAME"'),
+        ({"identity": {"user": {"name": SECRET}}}, "identity.user", 'expected "session:NAME"'),
+        ({"identity": {"user": "header:"}}, "identity.user", 'expected "session:NAME"'),
+        ({"identity": {"user": f"header:{SECRET} x"}}, "identity.user", 'expected "session:NAME"'),
         ({"identity": {"user": f"{SECRET}:function"}}, "identity.user", "expected a module that can be imported"),
         ({"identity": {"user": f"json.{SECRET}:function"}}, "identity.user", "expected a module that can be imported"),
         ({"identity": {"user": f"json:{SECRET}"}}, "identity.user", "expected a name that the module has"),
@@ -761,7 +762,19 @@ def test_a_misspelt_key_is_told_with_the_nearest_right_one(document: Any, path: 
         (
             {"zzz": SECRET},
             "zzz",
-            ["enabled", "store", "access", "identity", "response", "limits", "listen", "pools", "routes"],
+            [
+                "enabled",
+                "keys",
+                "store",
+                "access",
+                "identity",
+                "session",
+                "response",
+                "limits",
+                "listen",
+                "pools",
+                "routes",
+            ],
         ),
         (pool(zzz=SECRET), "pools.api.zzz", ["policy", "key", "vnodes", "upstreams"]),
         (pool(health={"zzz": SECRET}), "pools.api.health.zzz", ["failures", "eject_for", "eject_at_most"]),
@@ -883,7 +896,9 @@ JSON = st.recursive(
 )
 
 
-SECTIONS = ["enabled", "store", "access", "identity", "limits", "response", "listen", "pools", "routes", "zzz"]
+SECTIONS = [
+    "enabled", "keys", "store", "access", "identity", "limits", "response", "session", "listen", "pools", "routes", "zzz",
+]  # fmt: skip
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
