@@ -80,7 +80,7 @@ class SessionSettings(Model):
         description="Where sessions live: memory://, shared:///PATH, redis://…, or a URL of SQLAlchemy; or "
         "env:NAME. By default the [store]. With tokens: where it is kept which are revoked; by default nowhere.",
     )
-    size: Annotated[int, Size(1 << 20)] = default("1GiB", "The bytes that a shared store of sessions may grow to.")
+    size: Annotated[int, Size(1 << 20)] = default("64MiB", "The bytes that a shared store of sessions reserves.")
     create_table: Boolean = Field(
         False, description="Of a database: whether the table gatekeeper_sessions is made if it is not there."
     )

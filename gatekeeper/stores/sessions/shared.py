@@ -1,286 +1,270 @@
-"""Sessions in files that the processes of one machine share, through LMDB."""
+"""Sessions that the processes of one machine share, in LMDB, beside the counters and in files of their own.
+
+A command is one write transaction, so it is atomic over processes, and a process killed in the middle of it has
+done nothing; for why see `gatekeeper.stores.shared`. There are no read transactions here either: a reader holds on
+to old pages, and for as long as it stands still.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import asyncio
 import os
-import threading
 import time
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from struct import Struct
+from hashlib import blake2b
 from typing import Any, Final
-from weakref import WeakValueDictionary
 
 from gatekeeper.commands import Delete, Load, Owned, Record, Save, SessionCommand
 from gatekeeper.errors import MissingExtra, StoreError
+from gatekeeper.stores.sessions import LONGEST, too_long
 
 try:
     import lmdb
 except ImportError:
-    raise MissingExtra("the shared store", "shared") from None
+    raise MissingExtra("The shared store", "shared") from None
 
-from gatekeeper.stores.shared.files import boot_id
+from gatekeeper.stores.shared.files import LEAST_SIZE, Files, Full, Kind, expires_of, opened
+from gatekeeper.stores.shared.heads import Transaction
 
-GREATEST: Final = 1 << 20
-"""The most bytes of a session."""
+SIZE: Final = 64 << 20
 
-SIZE: Final = 1 << 30
-"""The bytes that the file may grow to, unless said otherwise. It grows with what is in it."""
+_KIND: Final = Kind("sessions", 1)
+_DURABLE: Final = Kind("durable-sessions", 1, durable=True)
+_NEW_UP_TO: Final = 0.75  # of the pages
+_CHANGED_UP_TO: Final = 0.875  # the rest is for what makes room again: to delete takes pages, too
+_STEPS: Final = 16  # how many entries one sweep along the way looks at
+_EVERY: Final = 4  # new sessions between two of these
+_PORTION: Final = 512  # entries looked at in one transaction
+_SECOND: Final = 1_000_000_000
+_FULL: Final = "the shared store of sessions is full; session.size makes it greater"
+_FAR: Final = (1 << 64) - 1
 
-_HEAD: Final = Struct(">QQ32s")  # version, when it expires, the digest of its owner (zeros: nobody)
-_NOBODY: Final = bytes(32)
-_TIME: Final = Struct(">Q")
-_SWEPT: Final = 2  # so many expired ones go with each write
-_PORTION: Final = 1000
-_MOST_OWNED: Final = 10_000
+# A session lies under its mark and key (32 bytes). Its value: when it expires (nanoseconds), its version, whose it
+# is (a digest; zeros for nobody's), and then the session itself. An owner's session has a second entry, under its
+# mark, the owner and the key, that says but when it expires. Integers are little-endian, of 64 bits.
+_SESSION: Final = b"s"
+_INDEX: Final = b"o"
+_OWNER: Final = slice(16, 32)
+_DATA: Final = 32
+_NOBODY: Final = bytes(16)
+
+
+def _name(key: str) -> bytes:
+    return _SESSION + bytes.fromhex(key)
+
+
+def _digest(owner: str | None) -> bytes:
+    if owner is None:
+        return _NOBODY
+    return blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=16, person=b"owner").digest()
+
+
+def _record(value: bytes) -> Record:
+    return Record(value[_DATA:], int.from_bytes(value[8:16], "little"))
 
 
 class SharedSessions:
-    """A SessionStore that all processes of one machine share, without a server.
+    """A SessionStore for all processes of one machine that name the same folder, and their threads.
 
-    - `path`: a folder, which is made; its files are for its owner alone
-    - `durable`: whether sessions outlive a crash of the machine, at the price of a sync with each write (on most
-      disks milliseconds); else they are forgotten when the machine starts anew
-    - `size`: the bytes that the file may grow to (default 1 GiB); a write beyond is answered with a StoreError
-    - `clock`: the seconds since the epoch, by which sessions expire
+    - `path`: the folder, absolute, on a file system of this machine. It is made if it is not there, for this user
+      alone; its parent must exist. Counters may lie in it, too.
+    - `durable`: whether each save is on the disk when it returns, so that sessions outlive a crash of the machine
+      and its boot (default False: they outlive all processes, and not the boot). Everybody waits for the disk then;
+      an awaiting caller does in a thread. A folder keeps the sessions of both apart.
+    - `size`: bytes of the file, all reserved at the start (default 64 MiB, at least 1 MiB). When three quarters are
+      in use a new session is answered with a StoreError; none that is alive is put out. The first process to open
+      the files decides.
+    - `clock`: the seconds since the epoch, the same in every process
 
-    Each command is one transaction: a process may be killed at any moment. One that is stopped (SIGSTOP) within a
-    write keeps the others from writing until it goes on.
-
-    Raises StoreError if the files cannot be made, with the first question.
+    A session has at most 1 MiB. Raises ValueError for a path or size that cannot be. Nothing is made or opened
+    before the first question; a folder that cannot be used is an answer that says why.
     """
 
     local = True
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         durable: bool = False,
         size: int = SIZE,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path = str(path)
-        self._durable = durable
-        self._size = size
+        self._path = os.fspath(path)
+        if not os.path.isabs(self._path):
+            raise ValueError("expected an absolute path, such as /dev/shm/gatekeeper")
+        if size < LEAST_SIZE:
+            raise ValueError(f"size: expected at least {LEAST_SIZE} bytes")
+        self.durable = durable
+        self.size = size
         self._clock = clock
-        self._files: _Files | None = None
-        _stores.add(self)
+        self._files: Files | None = None
 
     def ask(self, command: SessionCommand) -> Any:
         try:
-            files = self._files or self._open()
-            now = int(self._clock())
-            if isinstance(command, Load):
-                with files.lock, files.env.begin() as txn:
-                    held = _alive(txn.get(bytes.fromhex(command.key), db=files.sessions), now)
-                    return None if held is None else held[0]
             if isinstance(command, Owned):
-                with files.lock, files.env.begin() as txn:
-                    return files.owned(txn, _digest(command.owner), now)
-            with files.lock, files.env.begin(write=True) as txn:
-                files.sweep(txn, now, _SWEPT)
-                if isinstance(command, Save):
-                    return files.save(txn, command, now)
-                assert isinstance(command, Delete)
-                return files.delete(txn, bytes.fromhex(command.key), now)
-        except (lmdb.Error, OSError) as error:
-            return _told(error)
+                return self._owned(command)
+            if isinstance(command, Save) and len(command.data) > LONGEST:
+                return too_long(command.data)
+            try:
+                return self._written(self._done, command)
+            except (Full, lmdb.MapFullError):
+                self._written(_make_room)
+                return self._written(self._done, command)
+        except (Full, lmdb.MapFullError):
+            return StoreError(_FULL)
         except StoreError as error:
             return error
 
     async def aask(self, command: SessionCommand) -> Any:
+        if self.durable:
+            return await asyncio.to_thread(self.ask, command)
         return self.ask(command)
 
     def sweep(self) -> int:
+        found, start = 0, b"\0"
         try:
-            files, count, now = self._files or self._open(), 0, int(self._clock())
-            while True:
-                with files.lock, files.env.begin(write=True) as txn:
-                    swept = files.sweep(txn, now, _PORTION)
-                count += swept
-                if swept < _PORTION:
-                    return count
-        except (lmdb.Error, OSError) as error:
-            raise _told(error) from None
+            while start:
+                more, start = self._written(_swept, start)
+                found += more
+        except lmdb.MapFullError:
+            raise StoreError(_FULL) from None
+        return found
 
     async def asweep(self) -> int:
-        return self.sweep()
+        return await asyncio.to_thread(self.sweep)
 
     def close(self) -> None:
-        """The files are closed once no store of this process uses them."""
-        self._files = None
+        """Let go of the files. They are not deleted: other processes keep sessions in them."""
+        files, self._files = self._files, None
+        if files is not None:
+            files.release()
 
     async def aclose(self) -> None:
         self.close()
 
-    def _open(self) -> _Files:
-        self._files = files = _opened(os.path.realpath(self._path), self._durable, self._size)
+    # How.
+
+    def _open(self) -> Files:
+        """Raises StoreError."""
+        files = opened(self._path, self.size, _DURABLE if self.durable else _KIND)
+        if self._files is not None:  # another thread was faster
+            files.release()
+            return self._files
+        self._files = files
         return files
 
+    def _written(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """`work(files, transaction, now, *arguments)`, committed. Raises StoreError, Full, MapFullError."""
+        files = self._files or self._open()
+        with files.lock:
+            try:
+                txn = files.begin(None, None, True)
+                try:
+                    done = work(files, txn, int(self._clock() * _SECOND), *arguments)
+                    txn.commit()
+                finally:
+                    txn.abort()  # nothing, where it has ended
+                now = time.monotonic_ns()
+                if now >= files.look_at:
+                    files.look(now)
+                return done
+            except lmdb.MapFullError:
+                raise
+            except lmdb.Error as error:
+                files.broken(error)
+                raise StoreError(f"the shared store failed: {type(error).__name__}") from None
 
-class _Files:
-    """The environment of a folder in this process: LMDB allows one."""
+    def _done(self, files: Files, txn: Transaction, now: int, command: SessionCommand) -> Any:
+        if isinstance(command, Save):
+            return self._save(files, txn, now, command)
+        assert isinstance(command, Load | Delete)
+        name = _name(command.key)
+        value = txn.get(name)
+        if value is None:
+            return None
+        if isinstance(command, Delete):
+            txn.delete(name)
+            _forget(txn, name, value)
+        return _record(value) if now < expires_of(value) else None
 
-    def __init__(self, folder: str, durable: bool, size: int) -> None:
-        # Held in each transaction, so that there is none while this process forks.
-        self.lock = threading.Lock()
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        path = os.path.join(folder, "sessions.mdb")
-        descriptor = os.open(os.path.join(folder, "sessions.boot"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # What was not synced may be torn after a crash: so it is not read then, however it ended.
-            wanted = b"durable" if durable else b"boot " + boot_id().encode()
-            found = os.pread(descriptor, 4096, 0)
-            if found != wanted and found != b"durable":
-                for name in (path, f"{path}-lock"):
-                    with suppress(FileNotFoundError):
-                        os.unlink(name)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, wanted, 0)
-            self.env = lmdb.open(
-                path, map_size=size, subdir=False, max_dbs=3, max_readers=1024, sync=durable, metasync=durable,
-                mode=0o600, max_spare_txns=0,
-            )  # fmt: skip
-            self.env.reader_check()  # who was killed as it read holds pages back
-            self.sessions = self.env.open_db(b"sessions")
-            self._owners = self.env.open_db(b"owners", dupsort=True)
-            self._ends = self.env.open_db(b"ends")
-        finally:
-            os.close(descriptor)
-
-    def save(self, txn: Any, save: Save, now: int) -> int | Record | None:
-        if len(save.data) > GREATEST:
-            raise StoreError(f"a session has more than {GREATEST} bytes")
-        key = bytes.fromhex(save.key)
-        stored = txn.get(key, db=self.sessions)
-        held = _alive(stored, now)
-        if held is None:
-            if save.version is not None:
+    def _save(self, files: Files, txn: Transaction, now: int, command: Save) -> int | Record | None:
+        name = _name(command.key)
+        there = txn.get(name)
+        if there is None or expires_of(there) <= now:
+            if command.version is not None:
                 return None
-            version = 1
-        else:
-            record, _, _ = held
-            if record.version != save.version:
-                return record
-            version = record.version + 1
-        if stored is not None:
-            self._forget(txn, key, stored)
-        expires, owner = now + save.ttl, _NOBODY if save.owner is None else _digest(save.owner)
-        txn.put(key, _HEAD.pack(version, expires, owner) + save.data, db=self.sessions)
-        txn.put(_TIME.pack(expires) + key, b"", db=self._ends)
-        if save.owner is not None:
-            txn.put(owner, key, db=self._owners)
+        elif _record(there).version != command.version:
+            return _record(there)
+        full = files.measured(txn)[1] + len(command.data) / files.size
+        if full >= (_NEW_UP_TO if there is None else _CHANGED_UP_TO):
+            raise Full
+        if there is not None:
+            _forget(txn, name, there)
+        version = txn.id()  # of each commit another
+        assert isinstance(version, int)
+        owner = _digest(command.owner)
+        expires = min(now + command.ttl * _SECOND, _FAR).to_bytes(8, "little")
+        txn.put(name, b"".join([expires, version.to_bytes(8, "little"), owner, command.data]))
+        if owner != _NOBODY:
+            txn.put(_INDEX + owner + name[1:], expires)
+        if there is None:
+            files.since += 1
+            if files.since >= _EVERY:
+                files.since = 0
+                files.sweep(txn, now, _STEPS)
         return version
 
-    def delete(self, txn: Any, key: bytes, now: int) -> Record | None:
-        stored = txn.get(key, db=self.sessions)
-        if stored is None:
-            return None
-        held = _alive(stored, now)
-        self._forget(txn, key, stored)
-        txn.delete(key, db=self.sessions)
-        return None if held is None else held[0]
-
-    def owned(self, txn: Any, owner: bytes, now: int) -> list[tuple[str, Record]]:
+    def _owned(self, command: Owned) -> list[tuple[str, Record]]:
         found: list[tuple[str, Record]] = []
-        with txn.cursor(db=self._owners) as cursor:
-            if cursor.set_key(owner):
-                for key in cursor.iternext_dup():
-                    held = _alive(txn.get(key, db=self.sessions), now)
-                    if held is not None:
-                        found.append((bytes(key).hex(), held[0]))
-                    if len(found) >= _MOST_OWNED:
-                        break
+        prefix = _INDEX + _digest(command.owner)
+        start = prefix
+        while start:
+            start = self._written(_listed, prefix, start, found)
         return found
 
-    def sweep(self, txn: Any, now: int, most: int) -> int:
-        """Drop so many of those that have expired; how many that were."""
-        due: list[bytes] = []
-        with txn.cursor(db=self._ends) as cursor:
-            for end in cursor.iternext(values=False):
-                if _TIME.unpack_from(end)[0] > now or len(due) >= most:
-                    break
-                due.append(bytes(end[8:]))
-        for key in due:
-            self._forget(txn, key, txn.get(key, db=self.sessions))
-            txn.delete(key, db=self.sessions)
-        return len(due)
 
-    def _forget(self, txn: Any, key: bytes, stored: bytes) -> None:
-        """Take a session out of the indexes."""
-        _, expires, owner = _HEAD.unpack_from(stored)
-        txn.delete(_TIME.pack(expires) + key, db=self._ends)
-        if owner != _NOBODY:
-            txn.delete(owner, key, db=self._owners)
+def _make_room(files: Files, txn: Transaction, now: int) -> None:
+    files.forget_dead()  # who died while LMDB opened for it would hold all pages
+    files.sweep(txn, now, _PORTION)
 
 
-def _alive(stored: bytes | None, now: int) -> tuple[Record, int, bytes] | None:
-    """What is stored of a session that has not expired: (record, when it expires, its owner)."""
-    if stored is None:
-        return None
-    version, expires, owner = _HEAD.unpack_from(stored)
-    return (Record(bytes(stored[_HEAD.size :]), version), expires, owner) if now < expires else None
+def _forget(txn: Transaction, name: bytes, value: bytes) -> None:
+    """Take the second entry of a session away."""
+    owner = value[_OWNER]
+    if owner != _NOBODY:
+        txn.delete(_INDEX + owner + name[1:])
 
 
-def _digest(owner: str) -> bytes:
-    return hashlib.sha256(owner.encode("utf-8", "surrogatepass")).digest()
+def _listed(
+    files: Files, txn: Transaction, now: int, prefix: bytes, start: bytes, found: list[tuple[str, Record]]
+) -> bytes:
+    """Add an owner's sessions from `start` on to `found`, a bounded number. Where to go on, or b""."""
+    cursor = txn.cursor()
+    there = cursor.set_range(start)
+    for _ in range(_PORTION):
+        if not there or not cursor.key().startswith(prefix):
+            return b""
+        key = cursor.key()[len(prefix) :]
+        value = txn.get(_SESSION + key)
+        if value is not None and now < expires_of(value):
+            found.append((key.hex(), _record(value)))
+        there = cursor.next()
+    return bytes(cursor.key()) if there else b""
 
 
-def _told(error: Exception) -> StoreError:
-    if isinstance(error, lmdb.MapFullError):
-        return StoreError("the shared store of sessions is full; session.size makes it greater")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-    return StoreError(f"the shared store of sessions cannot be used: {reason}")
-
-
-_OPENING: Final = threading.Lock()
-_OPEN: Final[WeakValueDictionary[str, _Files]] = WeakValueDictionary()
-_HELD: Final[list[_Files]] = []  # while the process is forked
-_LEFT: Final[list[_Files]] = []  # a parent's, not to be touched in the child
-_FORK_PATIENCE: Final = 2.0  # seconds to wait before a fork for another thread's transaction
-_stores: Final[weakref.WeakSet[SharedSessions]] = weakref.WeakSet()
-
-
-def _opened(folder: str, durable: bool, size: int) -> _Files:
-    with _OPENING:
-        files = _OPEN.get(folder)
-        if files is None:
-            files = _OPEN[folder] = _Files(folder, durable, size)
-        return files
-
-
-def _before_fork() -> None:
-    _OPENING.acquire()
-    _HELD.extend(files for files in list(_OPEN.values()) if files.lock.acquire(timeout=_FORK_PATIENCE))
-
-
-def _after_in_parent() -> None:
-    while _HELD:
-        _HELD.pop().lock.release()
-    _OPENING.release()
-
-
-def _after_in_child() -> None:
-    """The environments are the parent's: the child's copies of descriptors and maps are closed.
-
-    Not where another thread was in a transaction, which nobody can end here.
-    """
-    for files in list(_OPEN.values()):
-        if files in _HELD:
-            files.env.close()
+def _swept(files: Files, txn: Transaction, now: int, start: bytes) -> tuple[int, bytes]:
+    """Delete what has expired from `start` on, among a bounded number. How many sessions; and where to go on."""
+    found = 0
+    cursor = txn.cursor()
+    there = cursor.set_range(start)
+    for _ in range(_PORTION):
+        if not there:
+            return found, b""
+        if expires_of(cursor.value()) <= now:
+            found += cursor.key().startswith(_SESSION)
+            cursor.delete()
+            there = bool(cursor.key())  # which is now the next one
         else:
-            _LEFT.append(files)
-    _HELD.clear()
-    _OPEN.clear()
-    for store in list(_stores):
-        store._files = None
-    _OPENING.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+            there = cursor.next()
+    return found, bytes(cursor.key())

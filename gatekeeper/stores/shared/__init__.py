@@ -39,6 +39,7 @@ from gatekeeper.stores.shared.files import (
     Closed,
     Files,
     Full,
+    counters,
     expires_of,
     opened,
 )
@@ -145,7 +146,7 @@ class SharedStore:
         self._clock = clock if clock is not None else time.monotonic_ns
         self._plain: dict[str, _Space] = {}
         self._listed: dict[str, _Space] = {}
-        self._files: Files | Closed = opened(os.fspath(path), size)
+        self._files: Files | Closed = opened(os.fspath(path), size, counters())
 
     @property
     def size(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
 from gatekeeper.errors import MissingExtra, StoreError
@@ -27,7 +27,7 @@ except ImportError:
 from gatekeeper.stores.shared.heads import HEADS_BYTES, Heads, Transaction
 
 SCHEMA: Final = 1
-"""The version of the layout of keys and values. Counters of another are dropped."""
+"""The version of the layout of counters. Those of another are dropped."""
 
 LEAST_SIZE: Final = 1 << 20
 
@@ -37,10 +37,10 @@ NEW_KEYS_UP_TO: Final = 0.75
 _STATES_UP_TO: Final = 0.875  # of the pages
 _UNMEASURED: Final = 16  # states that may grow before it is seen whether there is room
 
-_BOOT: Final = "gatekeeper.boot"
-_DATA: Final = "gatekeeper.mdb"
-_LOCK: Final = "gatekeeper.mdb-lock"
-_HEADS: Final = "gatekeeper.heads"
+_BOOT: Final = ".boot"
+_DATA: Final = ".mdb"
+_LOCK: Final = ".mdb-lock"
+_HEADS: Final = ".heads"
 _LOCK_BYTES: Final = 16_384  # more than LMDB wants for its table of readers
 _ENGINE: Final[dict[str, Any]] = {"lib_version": 0} if int(lmdb.__version__.partition(".")[0]) >= 3 else {}
 _MARK: Final = "gatekeeper shared store, layout "
@@ -56,6 +56,23 @@ ID: Final = 4
 """Bytes of a key's name that tell the space."""
 
 
+class Kind(NamedTuple):
+    """What is kept in the files, and how.
+
+    - `name`: what their names begin with
+    - `layout`: the version of the layout of keys and values. What was written in another is dropped.
+    - `durable`: whether a commit is on the disk when it returns, and so outlives the boot; else it does not
+    """
+
+    name: str
+    layout: int
+    durable: bool = False
+
+
+def counters() -> Kind:
+    return Kind("gatekeeper", SCHEMA)
+
+
 def expires_of(value: bytes) -> int:
     """When a value expires: its first 8 bytes."""
     return int.from_bytes(value[:8], "little")
@@ -69,14 +86,15 @@ FULL: Final = (Full, lmdb.MapFullError)
 
 
 class Files:
-    """The files of one folder as this process has them open, once for all its stores.
+    """The files of one kind in a folder as this process has them open, once for all its stores.
 
     LMDB's locks belong to (process, file): to open a file twice, or to close one's second handle of it, would drop
     the locks of the first. `lock` is held through each transaction, for the writers' mutex belongs to a thread.
     """
 
-    def __init__(self, folder: str, size: int) -> None:
+    def __init__(self, folder: str, size: int, kind: Kind) -> None:
         self.folder = folder
+        self.kind = kind
         self.size = size  # what is wanted; once open, what is
         self.users = 0
         self.lock = Lock()
@@ -175,8 +193,8 @@ class Files:
             self.users -= 1
             if self.users <= 0:
                 self._shut()
-                if OPEN.get(self.folder) is self:
-                    del OPEN[self.folder]
+                if OPEN.get(self._path("")) is self:
+                    del OPEN[self._path("")]
 
     def forked(self, held: bool) -> None:
         """In a child: the environment is the parent's, and is opened anew when first asked.
@@ -193,8 +211,8 @@ class Files:
             self._env = self._heads = None
             self.begin = _forked_in_use
 
-    def _path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+    def _path(self, end: str) -> str:
+        return os.path.join(self.folder, self.kind.name + end)
 
     def _first(self, db: None, parent: None, write: bool) -> Transaction:
         """Stands in for `begin` until the environment is open."""
@@ -223,13 +241,16 @@ class Files:
         """Open the files, and make them anew if they are not of this boot and layout. Raises StoreError."""
         try:
             with self._locked_boot() as boot:
-                wanted = f"{_MARK}{SCHEMA}, boot {boot_id()}\n".encode()
+                lasts = "durable" if self.kind.durable else f"boot {boot_id()}"
+                wanted = f"{_MARK}{self.kind.layout}, {lasts}\n".encode()
                 env = self._found() if os.pread(boot, 4096, 0) == wanted else None
                 if env is None:
                     os.ftruncate(boot, 0)
                     os.pwrite(boot, bytes(len(wanted)), 0)  # so that there is room for it at the end
                     env = self._made()
                     os.pwrite(boot, wanted, 0)
+                    if self.kind.durable:
+                        self._sync(boot)
         except OSError as error:
             raise StoreError(f"{self.folder}: the shared store cannot use it: {error.strerror}") from None
         except lmdb.Error as error:
@@ -270,17 +291,20 @@ class Files:
 
     def _tell_damage(self, error: lmdb.Error) -> None:
         _LOG.warning(
-            "%s: the shared store is damaged (%s) and is made anew: what was counted there is lost",
-            self.folder,
+            "%s: the shared store is damaged (%s) and is made anew: what was kept there is lost",
+            self._path(""),
             type(error).__name__,
         )
 
     def _environment(self) -> lmdb.Environment:
         """LMDB's environment, with pages changed in place where we know the file's format, to guard its heads.
 
-        Else they are written by system calls, which nothing can tear, and which double the time of a decision.
+        Else they are written by system calls, which nothing can tear, and which double the time of a decision. So
+        are those of durable files, whose commits wait for the disk anyway.
         """
         self._heads = None
+        if self.kind.durable:
+            return self._opened(False)
         env = self._opened(True)
         try:
             heads = Heads(self._path(_DATA), self._path(_HEADS), env.stat()["psize"])
@@ -301,9 +325,9 @@ class Files:
             subdir=False,
             mode=0o600,
             writemap=in_place,
-            sync=False,
-            metasync=False,
-            map_async=True,
+            sync=self.kind.durable,
+            metasync=self.kind.durable,
+            map_async=not self.kind.durable,
             readahead=False,
             meminit=False,
             max_dbs=0,  # the unnamed database: a named one costs a page more a commit
@@ -344,6 +368,15 @@ class Files:
             env.close()
         with suppress(OSError):
             self._remove()
+
+    def _sync(self, boot: int) -> None:
+        """What is said of the files, and their names, are on the disk before anything is committed to them."""
+        os.fsync(boot)
+        folder = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def _remove(self) -> None:
         """Unlinked and never cut short: who has them mapped keeps what it has."""
@@ -389,7 +422,7 @@ class Files:
             text = Path(self._path(_BOOT)).read_text("utf-8", "replace")
         except OSError:
             return False
-        return text.startswith(_MARK) and not text.startswith(f"{_MARK}{SCHEMA},")
+        return text.startswith(_MARK) and not text.startswith(f"{_MARK}{self.kind.layout},")
 
 
 class Closed:
@@ -483,24 +516,25 @@ def _checked_folder(path: str) -> None:
         raise StoreError(f"{path}: cannot be written to: chmod 700")
 
 
-def opened(path: str, size: int) -> Files:
-    """The files of a folder, opened by the first store of this process that names it. Raises StoreError."""
+def opened(path: str, size: int, kind: Kind) -> Files:
+    """The files of a folder, opened by the first store of that kind in this process. Raises StoreError."""
     if not os.path.isabs(path):
         raise StoreError("expected an absolute path, such as /dev/shm/gatekeeper")
     path = path.rstrip("/") or "/"
     _checked_folder(path)
     folder = os.path.realpath(path)
     with _registry:
-        files = OPEN.get(folder)
+        place = os.path.join(folder, kind.name)
+        files = OPEN.get(place)
         if files is None:
-            files = OPEN[folder] = Files(folder, size)
+            files = OPEN[place] = Files(folder, size, kind)
         files.users += 1
         return files
 
 
 def is_made(path: str) -> bool:
     """Whether there is a store in a folder, of this boot or an earlier one. Nothing is made or opened."""
-    return os.path.exists(os.path.join(path, _DATA))
+    return os.path.exists(os.path.join(path, counters().name + _DATA))
 
 
 OPEN: Final[WeakValueDictionary[str, Files]] = WeakValueDictionary()
