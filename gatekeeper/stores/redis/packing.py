@@ -61,10 +61,9 @@ class Script:
         """What comes before the keys, of which there are `count`, and `words` besides those and what they need."""
         return b"*%d\r\n%b$%d\r\n%d\r\n" % (3 + 2 * count + words, self.by_sha, len(str(count)), count)
 
-    def call(self, key: bytes, *words: bytes) -> bytes:
-        """A call with one key."""
-        packed = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in (key, *words)])
-        return b"*%d\r\n%b$1\r\n1\r\n" % (4 + len(words), self.by_sha) + packed
+    def call(self, keys: Sequence[bytes], words: Sequence[bytes]) -> bytes:
+        """A call for these keys, with these words besides."""
+        return command(b"EVALSHA", self.sha, b"%d" % len(keys), *keys, *words)
 
 
 def script_of(kinds: int) -> Script:

@@ -1,10 +1,11 @@
-"""Sessions in Redis or Valkey, on the connections that limits are asked on."""
+"""Sessions in Redis or Valkey, on the connections that the counters have."""
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Sequence
+import secrets
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 from hiredis import ReplyError
@@ -15,60 +16,53 @@ from gatekeeper.stores.redis import RedisStore
 from gatekeeper.stores.redis.asking import told
 from gatekeeper.stores.redis.packing import Script, command, slot_of
 from gatekeeper.stores.redis.routes import Rounds
+from gatekeeper.stores.sessions import LONGEST, too_long
 
-GREATEST: Final = 1 << 20
-"""The most bytes of a session."""
+_VERSION: Final = 16  # hexadecimal digits
+_OWNER: Final = slice(16, 80)  # the SHA-256 of the owner, as hexadecimal digits
+_DATA: Final = 80
+_NOBODY: Final = b"-" * 64
+_PORTION: Final = 100  # sessions that are asked for together
+_LONGEST_TTL: Final = 1 << 32  # seconds: the server adds them to its time, in milliseconds
 
-_MOST_OWNED: Final = 10_000
 
-# A value is its version, the digest of its owner, and the session: "17 5feceb… {…}".
-_SAVE: Final = Script(
-    b"""
-local held = redis.call('GET', KEYS[1])
-local version = held and string.match(held, '^%d+') or ''
-if version ~= ARGV[1] then
-    return held
-end
-local new = string.format('%d', (tonumber(version) or 0) + 1)
-redis.call('SET', KEYS[1], new .. ' ' .. ARGV[2] .. ' ' .. ARGV[3], 'PX', ARGV[4])
-return tonumber(new)
-"""
-)
-_DELETE: Final = Script(
-    b"""
-local held = redis.call('GET', KEYS[1])
-redis.call('DEL', KEYS[1])
-return held
-"""
-)
+def _script(*names: str) -> Script:
+    return Script(b"\n".join(Path(__file__).with_name(f"{name}.lua").read_bytes() for name in names))
+
+
+_SAVE: Final = _script("index", "save")
+_LIST: Final = _script("index", "list")
+_DELETE: Final = _script("delete")
+_OWNED: Final = _script("index", "owned")
 
 
 class RedisSessions:
-    """A SessionStore in Redis (5 or newer) or Valkey.
+    """A SessionStore in Redis (5 or newer) or Valkey, shared by any number of processes and machines.
 
-    - `store`: the RedisStore whose connections, timeout and breaker it shares
-    - `prefix`: what all keys begin with (default "gatekeeper")
-    - `owns`: whether closing it closes the store
+    - `store`: whose connections, timeout and breaker are shared: best that of the counters, so that what is asked
+      of both in one turn of an event loop goes out in one write
+    - `prefix`: what all keys begin with; no braces, which would decide the slot (default "gatekeeper")
+    - `owns`: whether closing it closes the store (default False)
 
-    A session lies under `PREFIX:s:{KEY}` and expires by the server's clock. Which sessions an owner has lies in a
-    sorted set under `PREFIX:o:{DIGEST}`. On a cluster the two are in different slots: what is lost between them
-    makes the set name a session that is gone (it is passed over), never miss one, for the set is written first.
+    A command is one script call, and atomic. A session is a string, `PREFIX:s:{KEY}`, that expires by itself; the
+    sessions of an owner are the members of `PREFIX:o:{SHA-256 of the owner}`, a sorted set by when they expire.
+
+    On a cluster these lie in different slots. So a session is listed first and written then: if that fails, it is
+    listed in vain, which is told to nobody. One that is not listed there is none.
+
+    A session has at most 1 MiB. A save that was not answered in time may have been carried out.
     """
 
     local = False
 
-    def __init__(
-        self,
-        store: RedisStore,
-        *,
-        prefix: str = "gatekeeper",
-        owns: bool = False,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, store: RedisStore, *, prefix: str = "gatekeeper", owns: bool = False) -> None:
+        if not prefix or "{" in prefix or "}" in prefix:
+            raise ValueError("expected a prefix that is not empty and has no braces")
         self._store = store
-        self._prefix = prefix.encode()
         self._owns = owns
-        self._clock = clock
+        before = prefix.encode("utf-8", "surrogatepass")
+        self._session = before + b":s:{"
+        self._index = before + b":o:{"
 
     def ask(self, command: SessionCommand) -> Any:
         return self._store.run(self._answer(command))
@@ -77,7 +71,7 @@ class RedisSessions:
         return await self._store.arun(self._answer(command))
 
     def sweep(self) -> int:
-        """Nothing: the server drops what has expired."""
+        """Nothing is to be done: keys expire by themselves."""
         return 0
 
     async def asweep(self) -> int:
@@ -91,72 +85,77 @@ class RedisSessions:
         if self._owns:
             await self._store.aclose()
 
+    # What is asked, and what the answers mean.
+
     def _answer(self, asked: SessionCommand) -> Rounds[Any]:
         try:
-            if isinstance(asked, Load):
-                (held,) = yield from self._sent([(asked.key, command(b"GET", self._name(asked.key)))])
-                return _record(held)
-            if isinstance(asked, Save):
-                return (yield from self._save(asked))
-            if isinstance(asked, Delete):
-                return (yield from self._delete(asked.key))
-            assert isinstance(asked, Owned)
-            return (yield from self._owned(asked.owner))
+            return (yield from self._carried_out(asked))
         except StoreError as error:
             return error
 
-    def _save(self, save: Save) -> Rounds[int | Record | None]:
-        if len(save.data) > GREATEST:
-            raise StoreError(f"a session has more than {GREATEST} bytes")
-        digest = b"-" if save.owner is None else _digest(save.owner)
-        version = b"" if save.version is None else b"%d" % save.version
-        call = _SAVE.call(self._name(save.key), version, digest, save.data, b"%d" % (save.ttl * 1000))
-        packets = [(save.key, call)]
-        if save.owner is not None:
-            expires = b"%d" % (int(self._clock()) + save.ttl + 1)
-            index, tag = self._index(digest), digest.decode()
-            packets = [
-                (tag, command(b"ZADD", index, expires, save.key.encode())),
-                # As long as anything in it may live: a year is the longest life that settings allow.
-                (tag, command(b"EXPIRE", index, b"%d" % (366 * 86_400))),
-                *packets,
-            ]
-        *_, answer = yield from self._sent(packets)
-        return answer if isinstance(answer, int) else _record(answer)
-
-    def _delete(self, key: str) -> Rounds[Record | None]:
-        (held,) = yield from self._sent([(key, _DELETE.call(self._name(key)))])
-        record = _record(held)
-        if record is not None and (digest := held.split(b" ", 2)[1]) != b"-":
-            yield from self._sent([(digest.decode(), command(b"ZREM", self._index(digest), key.encode()))])
+    def _carried_out(self, asked: SessionCommand) -> Rounds[Any]:
+        if isinstance(asked, Owned):
+            return (yield from self._owned(asked))
+        if isinstance(asked, Save):
+            return (yield from self._save(asked))
+        assert isinstance(asked, Load | Delete)
+        key = asked.key.encode("ascii")
+        name = b"%b%b}" % (self._session, key)
+        if isinstance(asked, Load):
+            (answer,) = yield from self._sent([(key, command(b"GET", name))])
+            return None if answer is None else _record(answer)
+        (answer,) = yield from self._sent([(key, _DELETE.call([name], [key, self._reachable()]))])
+        if answer is None:
+            return None
+        record, owner = _record(answer), answer[_OWNER]
+        if self._store.core.is_cluster and owner != _NOBODY:
+            with suppress(StoreError):  # the session is ended
+                yield from self._sent([(owner, command(b"ZREM", b"%b%b}" % (self._index, owner), key))])
         return record
 
-    def _owned(self, owner: str) -> Rounds[list[tuple[str, Record]]]:
-        digest = _digest(owner)
-        index, tag = self._index(digest), digest.decode()
-        now = int(self._clock())
-        _, names = yield from self._sent(
-            [
-                (tag, command(b"ZREMRANGEBYSCORE", index, b"-inf", b"%d" % now)),
-                (tag, command(b"ZREVRANGE", index, b"0", b"%d" % (_MOST_OWNED - 1))),
-            ]
-        )
-        keys = [name.decode() for name in names]
-        found = yield from self._sent([(key, command(b"GET", self._name(key))) for key in keys])
-        # One that is not there is passed over, and stays in the set until its time: it may be about to be written.
-        return [
-            (key, record)
-            for key, held in zip(keys, found, strict=True)
-            if (record := _record(held)) is not None and held.split(b" ", 2)[1] == digest
-        ]
+    def _save(self, asked: Save) -> Rounds[Any]:
+        if len(asked.data) > LONGEST:
+            return too_long(asked.data)
+        key, owner = asked.key.encode("ascii"), _digest(asked.owner)
+        version = secrets.randbits(60)  # another than any before, whoever seeds what
+        ttl = b"%d" % (min(asked.ttl, _LONGEST_TTL) * 1000)
+        keys = [b"%b%b}" % (self._session, key)]
+        if owner != _NOBODY:
+            index = b"%b%b}" % (self._index, owner)
+            if self._store.core.is_cluster:
+                yield from self._sent([(owner, _LIST.call([index], [key, ttl]))])
+            else:
+                keys.append(index)
+        before = b"" if asked.version is None else b"%016x" % asked.version
+        record = b"%016x%b%b" % (version, owner, asked.data)
+        call = _SAVE.call(keys, [before, record, ttl, key, self._reachable()])
+        (answer,) = yield from self._sent([(key, call)])
+        if answer is None:
+            return None
+        return version if answer == 1 else _record(answer)
 
-    def _sent(self, packets: Sequence[tuple[str, bytes]]) -> Rounds[list[Any]]:
-        """The server's answers to commands, each with the text that decides its slot. Raises StoreError."""
-        if not packets:
-            return []
-        answers = yield from self._store.core.carry_out(
-            [(slot_of(tag.encode()), packet, None) for tag, packet in packets]
-        )
+    def _owned(self, asked: Owned) -> Rounds[Any]:
+        owner = _digest(asked.owner)
+        index = b"%b%b}" % (self._index, owner)
+        is_cluster = self._store.core.is_cluster
+        call = _OWNED.call([index], [owner, b"" if is_cluster else self._session])
+        (answer,) = yield from self._sent([(owner, call)])
+        if not is_cluster:
+            return [(key.decode("ascii"), _record(text)) for key, text in answer]
+        found = []
+        for start in range(0, len(answer), _PORTION):
+            keys = answer[start : start + _PORTION]
+            texts = yield from self._sent([(key, command(b"GET", b"%b%b}" % (self._session, key))) for key in keys])
+            found += [
+                (key.decode("ascii"), _record(text))
+                for key, text in zip(keys, texts, strict=True)
+                if text is not None and text[_OWNER] == owner
+            ]
+        return found
+
+    def _sent(self, commands: list[tuple[bytes, bytes]]) -> Rounds[list[Any]]:
+        """The answers to commands, each with the tag of its keys, sent together. Raises StoreError."""
+        answers = yield from self._store.core.carry_out([(slot_of(tag), packet, None) for tag, packet in commands])
         for answer in answers:
             if isinstance(answer, ReplyError):
                 raise told(answer)
@@ -164,23 +163,20 @@ class RedisSessions:
                 raise answer
         return answers
 
-    def _name(self, key: str) -> bytes:
-        return b"%b:s:{%b}" % (self._prefix, key.encode())
-
-    def _index(self, digest: bytes) -> bytes:
-        return b"%b:o:{%b}" % (self._prefix, digest)
+    def _reachable(self) -> bytes:
+        """What the lists of owners begin with, where a script may reach them."""
+        return b"" if self._store.core.is_cluster else self._index
 
 
-def _digest(owner: str) -> bytes:
-    return hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest().encode()
+def _digest(owner: str | None) -> bytes:
+    if owner is None:
+        return _NOBODY
+    return hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest().encode("ascii")
 
 
-def _record(held: bytes | None) -> Record | None:
-    """What is held under a key. Raises StoreError for what somebody else has put there."""
-    if held is None:
-        return None
-    version, _, rest = held.partition(b" ")
-    _, space, data = rest.partition(b" ")
-    if not version.isdigit() or not space:
-        raise StoreError("what is stored under the key of a session was not written by Gatekeeper")
-    return Record(data, int(version))
+def _record(text: Any) -> Record:
+    """Raises StoreError."""
+    try:
+        return Record(text[_DATA:], int(text[:_VERSION], 16))
+    except (TypeError, ValueError):
+        raise StoreError("what is stored under the key of a session was not written by Gatekeeper") from None
