@@ -1,548 +1,460 @@
-"""Session stores: one contract, every store, blocking and awaiting alike."""
+"""The contract of every session store, by both faces. A store joins by adding a line to STORES."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import multiprocessing
-import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
-from hashlib import sha256
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from gatekeeper.commands import Delete, Load, Owned, Record, Save, SessionCommand, SessionStore
+from gatekeeper.commands import Delete, Load, Owned, Record, Save
 from gatekeeper.errors import StoreError
-from gatekeeper.stores.redis import RedisStore
+from gatekeeper.stores.sessions import LONGEST
 from gatekeeper.stores.sessions.memory import MemorySessions
-from gatekeeper.stores.sessions.redis import RedisSessions
-from gatekeeper.stores.sessions.shared import SharedSessions
-from gatekeeper.stores.sessions.sql import SqlSessions
-from tests.redis_servers import PATIENT, prefix, running, shared_server, until
+from tests.session_stores import STORES, VIRTUAL, Seconds, Trial, key, trial
 
-TTL = 600
+A, B, C = key("a"), key("b"), key("c")
+THREADS, ROUNDS = 4, 25
 
 
-class Clock:
-    """Seconds since the epoch that pass when told."""
+@pytest.fixture(params=STORES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
 
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture(params=["ask", "aask"])
+def on(name: str, request: pytest.FixtureRequest) -> Iterator[Trial]:
+    with trial(name, request.param) as made:
+        yield made
 
 
-class Subject(NamedTuple):
-    """A store under test, asked blocking or awaiting; `clock` is None where time is the server's."""
+class TestOne:
+    def test_what_was_saved_is_loaded(self, on: Trial) -> None:
+        """A session is loaded as it was saved, with the version that the save told; others are not there."""
+        version = on.create(A, b"one")
+        assert on.load(A) == Record(b"one", version)
+        assert on.load(B) is None
 
-    store: SessionStore
-    ask: Callable[[SessionCommand], Any]
-    clock: Clock | None
+    def test_what_was_never_there_is_not_made_by_a_save_of_what_was_read(self, on: Trial) -> None:
+        """A key that nobody created is not there, for a load, a delete and a save of some version."""
+        assert on.load(A) is None
+        assert on.delete(A) is None
+        assert on.save(A, b"x", 1) is None
+        assert on.load(A) is None
 
-    def load(self, key: str) -> Any:
-        return self.ask(Load(self.store, key))
-
-    def save(
-        self, key: str, data: bytes, version: int | None = None, ttl: int = TTL, owner: str | None = None
-    ) -> Any:
-        return self.ask(Save(self.store, key, data, version=version, ttl=ttl, owner=owner))
-
-    def delete(self, key: str) -> Any:
-        return self.ask(Delete(self.store, key))
-
-    def owned(self, owner: str) -> dict[str, bytes]:
-        return {key: record.data for key, record in self.ask(Owned(self.store, owner))}
-
-
-def memory(clock: Clock, path: Path) -> SessionStore:
-    return MemorySessions(clock=clock)
-
-
-def redis(clock: Clock, path: Path) -> SessionStore:
-    store = RedisStore(shared_server().unix_url, timeout=PATIENT)
-    return RedisSessions(store, prefix=prefix(), owns=True)
-
-
-def sqlite(clock: Clock, path: Path) -> SessionStore:
-    return SqlSessions(f"sqlite:///{path}/sessions.db", create=True, clock=clock)
-
-
-def shared(clock: Clock, path: Path) -> SessionStore:
-    return SharedSessions(path / "shared", clock=clock)
-
-
-STORES: dict[str, Callable[[Clock, Path], SessionStore]] = {
-    "memory": memory,
-    "redis": redis,
-    "shared": shared,
-    "sqlite": sqlite,
-}
-OWN_TIME = {"redis"}
-
-_numbers = itertools.count()
-
-
-def key() -> str:
-    """Another one at each call."""
-    return sha256(f"{os.getpid()} {next(_numbers)}".encode()).hexdigest()
-
-
-@pytest.fixture(params=[f"{name}, {way}" for name in STORES for way in ("blocking", "awaiting")])
-def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
-    name, way = request.param.split(", ")
-    clock = Clock()
-    store = STORES[name](clock, tmp_path)
-    shown = None if name in OWN_TIME else clock
-    if way == "blocking":
-        yield Subject(store, store.ask, shown)
-        store.close()
-        return
-    with asyncio.Runner() as runner:
-        yield Subject(store, lambda command: runner.run(store.aask(command)), shown)
-        runner.run(store.aclose())
-
-
-def test_what_was_saved_is_loaded_byte_for_byte(subject: Subject) -> None:
-    for data in (b"", b"{}", b'{"a": "\xc3\xa9 b"}', bytes(range(256)), b"x" * 200_000):
-        one = key()
-        version = subject.save(one, data)
-        assert type(version) is int
-        assert subject.load(one) == Record(data, version)
-
-
-def test_what_was_never_saved_is_not_there(subject: Subject) -> None:
-    one = key()
-    assert subject.load(one) is None
-    assert subject.delete(one) is None
-    assert subject.save(one, b"x", version=1) is None, "and a save of what was read before does not make it"
-    assert subject.load(one) is None
-
-
-def test_each_write_has_another_version(subject: Subject) -> None:
-    one = key()
-    versions = [subject.save(one, b"0")]
-    for number in range(1, 5):
-        versions.append(subject.save(one, str(number).encode(), version=versions[-1]))
-    assert len(set(versions)) == 5
-    assert subject.load(one) == Record(b"4", versions[-1])
-
-
-def test_a_save_of_an_older_version_changes_nothing_and_is_told_what_is_there(subject: Subject) -> None:
-    one = key()
-    first = subject.save(one, b"first")
-    second = subject.save(one, b"second", version=first)
-    assert subject.save(one, b"late", version=first) == Record(b"second", second)
-    assert subject.load(one) == Record(b"second", second)
-
-
-def test_what_is_there_is_not_created_again(subject: Subject) -> None:
-    one = key()
-    version = subject.save(one, b"here")
-    assert subject.save(one, b"new") == Record(b"here", version)
-    assert subject.load(one) == Record(b"here", version)
-
-
-def test_a_deleted_one_is_told_once_and_never_written_again(subject: Subject) -> None:
-    one = key()
-    version = subject.save(one, b"here", owner="7")
-    assert subject.delete(one) == Record(b"here", version)
-    assert subject.delete(one) is None
-    assert subject.load(one) is None
-    assert subject.save(one, b"late", version=version, owner="7") is None
-    assert subject.load(one) is None
-    assert subject.owned("7") == {}
-
-
-def test_one_that_has_expired_is_gone_and_never_written_again(subject: Subject) -> None:
-    one = key()
-    version = subject.save(one, b"here", ttl=1, owner="expiring")
-    if subject.clock is not None:
-        subject.clock.now += 1
-    else:
-        until(lambda: subject.load(one) is None)
-    assert subject.load(one) is None
-    assert subject.save(one, b"late", version=version) is None
-    assert subject.delete(one) is None
-    assert subject.owned("expiring") == {}
-
-
-def test_a_write_gives_it_its_time_anew(subject: Subject) -> None:
-    if subject.clock is None:
-        pytest.skip("time is the server's")
-    one = key()
-    version = subject.save(one, b"here")
-    for _ in range(4):
-        subject.clock.now += TTL - 1
-        version = subject.save(one, b"here", version=version)
-        assert type(version) is int
-    subject.clock.now += TTL
-    assert subject.load(one) is None
-
-
-def test_the_sessions_of_an_owner_are_told_and_nobody_else_s(subject: Subject) -> None:
-    owner, other = f"owner {key()}", f"owner {key()}"
-    keys = [key() for _ in range(5)]
-    for number, one in enumerate(keys):
-        subject.save(one, str(number).encode(), owner=owner if number < 3 else other)
-    nobody = key()
-    subject.save(nobody, b"nobody's")
-    assert subject.owned(owner) == {one: str(number).encode() for number, one in enumerate(keys[:3])}
-    assert subject.owned(other) == {one: str(number).encode() for number, one in enumerate(keys[3:], 3)}
-    subject.delete(keys[0])
-    assert list(subject.owned(owner)) != []
-    assert keys[0] not in subject.owned(owner)
-    assert subject.owned(f"owner {key()}") == {}
-
-
-def test_a_login_and_a_logout_change_whose_it_is(subject: Subject) -> None:
-    one, owner, other = key(), f"Zoë {key()}", "\ud800'; DROP TABLE x; --" + key()
-    version = subject.save(one, b"nobody's")
-    version = subject.save(one, b"hers", version=version, owner=owner)
-    assert subject.owned(owner) == {one: b"hers"}
-    version = subject.save(one, b"another's", version=version, owner=other)
-    assert subject.owned(owner) == {}
-    assert subject.owned(other) == {one: b"another's"}
-    subject.save(one, b"nobody's", version=version)
-    assert subject.owned(other) == {}
-
-
-def test_of_many_that_count_at_once_none_is_lost(subject: Subject) -> None:
-    one = key()
-    subject.save(one, b"0")
-    store = subject.store
-
-    def count() -> None:
-        for _ in range(25):
-            while True:
-                record = store.ask(Load(store, one))
-                new = str(int(record.data) + 1).encode()
-                if isinstance(store.ask(Save(store, one, new, version=record.version, ttl=TTL)), int):
-                    break
-
-    threads = [threading.Thread(target=count) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert subject.load(one).data == b"100"
-
-
-def test_of_many_tasks_that_count_at_once_none_is_lost(subject: Subject) -> None:
-    store, one = subject.store, key()
-
-    async def count() -> None:
-        for _ in range(10):
-            while True:
-                record = await store.aask(Load(store, one))
-                new = str(int(record.data) + 1).encode()
-                if isinstance(await store.aask(Save(store, one, new, version=record.version, ttl=TTL)), int):
-                    break
-
-    async def all_of_them() -> Any:
-        await store.aask(Save(store, one, b"0", version=None, ttl=TTL))
-        await asyncio.gather(*(count() for _ in range(10)))
-        found = await store.aask(Load(store, one))
-        await store.aclose()
-        return found
-
-    assert asyncio.run(all_of_them()).data == b"100"
-
-
-def test_of_many_that_delete_one_only_one_is_told_that_it_was_there(subject: Subject) -> None:
-    store, one = subject.store, key()
-    subject.save(one, b"here")
-    found: list[Any] = []
-    threads = [threading.Thread(target=lambda: found.append(store.ask(Delete(store, one)))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [one.data for one in found if one is not None] == [b"here"]
-
-
-def test_an_asker_that_is_cancelled_leaves_a_whole_session(subject: Subject) -> None:
-    store, one = subject.store, key()
-
-    async def cancelled() -> Any:
-        await store.aask(Save(store, one, b"a" * 1000, version=None, ttl=TTL))
-        record = await store.aask(Load(store, one))
-        task = asyncio.ensure_future(store.aask(Save(store, one, b"b" * 1000, version=record.version, ttl=TTL)))
-        await asyncio.sleep(0)
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        found = await store.aask(Load(store, one))
-        await store.aclose()
-        return found
-
-    assert asyncio.run(cancelled()).data in (b"a" * 1000, b"b" * 1000)
-
-
-def test_sweeping_drops_what_has_expired_and_nothing_else(subject: Subject) -> None:
-    if subject.clock is None:
-        assert subject.store.sweep() == 0
-        return
-    kept = key()
-    for _ in range(50):
-        subject.save(key(), b"short", ttl=10, owner="7")
-    subject.save(kept, b"long", ttl=1000, owner="7")
-    subject.clock.now += 10
-    assert subject.store.sweep() + 0 >= 1
-    assert subject.store.sweep() == 0
-    assert subject.owned("7") == {kept: b"long"}
-
-
-def test_closing_it_twice_does_nothing_more(subject: Subject) -> None:
-    subject.store.close()
-    subject.store.close()
-
-
-@pytest.mark.parametrize("name", [name for name in STORES if name not in OWN_TIME])
-def test_any_history_is_that_of_a_plain_dictionary(name: str, tmp_path: Path) -> None:
-    clock = Clock()
-    store = STORES[name](clock, tmp_path)
-    steps = st.lists(
-        st.tuples(
-            st.sampled_from(["save", "save", "create", "delete", "load", "owned", "pass", "sweep"]),
-            st.integers(0, 3),
-            st.integers(0, 3),
-        ),
-        max_size=40,
+    @pytest.mark.parametrize(
+        "data",
+        [b"", b"\x00", bytes(range(256)), b"\r\n$3\r\n", "ü€\U0001f600".encode(), b"x" * 70_000],
+        ids=["empty", "nul", "bytes", "lines", "text", "long"],
     )
-    rounds = itertools.count()
+    def test_any_bytes_come_back_as_they_went(self, on: Trial, data: bytes) -> None:
+        """The store does not read what it keeps: any bytes come back, by a load and by a delete."""
+        version = on.create(A, data)
+        assert on.load(A) == Record(data, version)
+        assert on.delete(A) == Record(data, version)
 
-    @settings(max_examples=60, deadline=None)
-    @given(steps)
-    def holds(history: list[tuple[str, int, int]]) -> None:
-        salt = next(rounds)
-        keys = [sha256(f"{salt} {number}".encode()).hexdigest() for number in range(4)]
-        owners = [None, *(f"{salt} owner {number}" for number in range(3))]
-        model: dict[str, tuple[bytes, int, float, str | None]] = {}
-        ever: dict[str, int] = {}
-        for number, (what, place, more) in enumerate(history):
-            one, data = keys[place], str(number).encode()
-            model = {name: held for name, held in model.items() if clock.now < held[2]}
-            held = model.get(one)
-            if what == "pass":
-                clock.now += (1, 5, 60, TTL)[more]
-            elif what == "sweep":
-                store.sweep()
-            elif what == "load":
-                assert store.ask(Load(store, one)) == (None if held is None else Record(held[0], held[1]))
-            elif what == "delete":
-                assert store.ask(Delete(store, one)) == (None if held is None else Record(held[0], held[1]))
-                model.pop(one, None)
-            elif what == "owned":
-                owner = owners[more] or "nobody"
-                found = dict(store.ask(Owned(store, owner)))
-                assert found == {name: Record(held[0], held[1]) for name, held in model.items() if held[3] == owner}
-            else:
-                version = None if what == "create" else ever.get(one, 1)
-                answer = store.ask(Save(store, one, data, version=version, ttl=60, owner=owners[more]))
-                if held is None and version is not None:
-                    assert answer is None
-                elif held is not None and held[1] != version:
-                    assert answer == Record(held[0], held[1])
-                else:
-                    assert type(answer) is int
-                    model[one] = data, answer, clock.now + 60, owners[more]
-                    ever[one] = answer
+    def test_a_session_as_long_as_may_be_is_kept_and_a_longer_one_refused(self, on: Trial) -> None:
+        """A session of 1 MiB is kept; one of a byte more is an error that says so, and changes nothing."""
+        longest = Random(5).randbytes(LONGEST)
+        version = on.create(A, longest)
+        reply = on.ask(Save(on.store, A, longest + b"x", version=version, ttl=60))
+        assert isinstance(reply, StoreError)
+        assert str(LONGEST) in str(reply)
+        assert on.load(A) == Record(longest, version)
 
-    holds()
-    store.close()
+    def test_each_write_has_another_version(self, on: Trial) -> None:
+        """A version is never that of an earlier write of the session, even if it was ended and begun anew between."""
+        versions = [on.create(A, b"same")]
+        for _ in range(3):
+            versions.append(on.renew(A, b"same", versions[-1]))
+        on.delete(A)
+        versions.append(on.create(A, b"same"))
+        assert len(set(versions)) == 5
+
+    def test_a_new_session_does_not_replace_one_that_is_there(self, on: Trial) -> None:
+        """Who creates a session where one is, is told that one, and it stays."""
+        version = on.create(A, b"first")
+        assert on.save(A, b"second") == Record(b"first", version)
+        assert on.load(A) == Record(b"first", version)
+
+    def test_a_save_of_an_old_version_is_told_the_newer(self, on: Trial) -> None:
+        """Of two that read the same version, the second to save is told what the first wrote, and writes nothing."""
+        read = on.create(A, b"read")
+        newer = on.renew(A, b"newer", read)
+        assert on.save(A, b"late", read) == Record(b"newer", newer)
+        assert on.load(A) == Record(b"newer", newer)
+
+    def test_what_was_deleted_is_not_recreated(self, on: Trial) -> None:
+        """A save that comes after the delete is told that the session is gone, and it stays so."""
+        version = on.create(A, b"there")
+        assert on.delete(A) == Record(b"there", version)
+        assert on.save(A, b"late", version) is None
+        assert on.load(A) is None
+
+    def test_a_delete_tells_what_was_there_once(self, on: Trial) -> None:
+        """The first delete returns the session, a second nothing, and neither touches another one."""
+        version, other = on.create(A, b"there"), on.create(B, b"other")
+        assert on.delete(A) == Record(b"there", version)
+        assert on.delete(A) is None
+        assert on.load(B) == Record(b"other", other)
+
+    def test_what_is_ended_may_begin_anew(self, on: Trial) -> None:
+        """A session can be created where one was, and a save of the old version does not reach it."""
+        old = on.create(A, b"old")
+        on.delete(A)
+        new = on.create(A, b"new")
+        assert on.save(A, b"late", old) == Record(b"new", new)
+
+
+class TestTime:
+    def test_a_session_is_there_until_its_time_and_not_after(self, on: Trial) -> None:
+        """It is there shortly before its end; shortly after, it is neither loaded nor deleted."""
+        version = on.create(A, b"brief", ttl=100)
+        on.advance(95)
+        assert on.load(A) == Record(b"brief", version)
+        on.advance(6)
+        assert on.load(A) is None
+        assert on.delete(A) is None
+
+    def test_what_has_expired_is_gone_for_a_save(self, on: Trial) -> None:
+        """A save of a session that has expired is told that it is gone, and does not bring it back."""
+        version = on.create(A, b"brief", ttl=100)
+        on.advance(101)
+        assert on.save(A, b"late", version) is None
+        assert on.load(A) is None
+
+    def test_a_new_session_may_stand_where_one_has_expired(self, on: Trial) -> None:
+        """What has expired is in nobody's way, swept or not, and the new one lives its own time."""
+        on.create(A, b"old", ttl=100, owner="before")
+        on.advance(101)
+        version = on.create(A, b"new", ttl=200, owner="after")
+        on.advance(150)
+        assert on.load(A) == Record(b"new", version)
+        assert on.owned("before") == {}
+        assert on.owned("after") == {A: Record(b"new", version)}
+
+    @pytest.mark.parametrize(("first", "second"), [(100, 600), (600, 100)])
+    def test_a_save_gives_the_session_its_time_anew(self, on: Trial, first: int, second: int) -> None:
+        """The time to live is that of the last save, be it longer than before or shorter."""
+        version = on.create(A, b"one", ttl=first)
+        on.advance(50)
+        again = on.renew(A, b"two", version, ttl=second)
+        on.advance(second - 5)
+        assert on.load(A) == Record(b"two", again)
+        on.advance(6)
+        assert on.load(A) is None
+
+    def test_a_sweep_drops_what_has_expired_and_nothing_else(self, on: Trial) -> None:
+        """More sessions than a portion has are swept, those that live are not, and there is nothing left to sweep."""
+        living = {key(place): on.create(key(place), b"lives", ttl=1000, owner="one") for place in range(5)}
+        for place in range(100, 100 + 40):
+            on.create(key(place), b"brief", ttl=100 + place % 7, owner="one")
+        on.advance(110)
+        on.sweep()
+        assert on.sweep() == 0
+        assert {found: record.version for found, record in on.owned("one").items()} == living
+
+
+class TestOwners:
+    def test_the_sessions_of_an_owner_are_listed_and_nobody_s_else(self, on: Trial) -> None:
+        """An owner's sessions are those that were saved as theirs and live; who has none is told so."""
+        one, two = on.create(A, b"one", owner="ann"), on.create(B, b"two", owner="ann")
+        other = on.create(C, b"other", owner="bob")
+        on.create(key("nobody"), b"nobody's")
+        assert on.owned("ann") == {A: Record(b"one", one), B: Record(b"two", two)}
+        assert on.owned("bob") == {C: Record(b"other", other)}
+        assert on.owned("eve") == {}
+
+    def test_a_save_may_change_the_owner(self, on: Trial) -> None:
+        """After a login a session is its user's, after another save another's, and then nobody's."""
+        version = on.create(A, b"one")
+        for owner in ("ann", "bob", None, "ann"):
+            version = on.renew(A, b"one", version, owner=owner)
+            for name in ("ann", "bob"):
+                assert on.owned(name) == ({A: Record(b"one", version)} if name == owner else {})
+
+    def test_what_is_gone_is_not_listed(self, on: Trial) -> None:
+        """Of an owner's sessions one that was deleted and one that has expired are not listed, one renewed is."""
+        on.create(A, b"deleted", owner="ann")
+        on.create(B, b"expired", ttl=100, owner="ann")
+        version = on.create(C, b"renewed", ttl=100, owner="ann")
+        on.delete(A)
+        on.advance(50)
+        renewed = on.renew(C, b"renewed", version, ttl=600, owner="ann")
+        on.advance(100)
+        assert on.owned("ann") == {C: Record(b"renewed", renewed)}
+
+    @pytest.mark.parametrize(
+        "owner",
+        ["7", "ünïcode \U0001f600", "{a}:b%*?[", "x" * 256, " ", "\0", "\udc80", "\ud800'; DROP TABLE x; --"],
+    )
+    def test_any_text_may_be_an_owner(self, on: Trial, owner: str) -> None:
+        """An owner is any text, told from another that is only nearly the same."""
+        version = on.create(A, b"one", owner=owner)
+        on.create(B, b"other", owner=owner + "x")
+        assert on.owned(owner) == {A: Record(b"one", version)}
+
+    def test_an_owner_of_many_is_told_all(self, on: Trial) -> None:
+        """A few hundred sessions of one owner are all listed."""
+        versions = {key(place): on.create(key(place), b"%d" % place, owner="ann") for place in range(300)}
+        assert {found: record.version for found, record in on.owned("ann").items()} == versions
+
+    def test_a_late_save_of_another_version_changes_no_owner(self, on: Trial) -> None:
+        """A save that is refused leaves the owner as it was."""
+        old = on.create(A, b"one", owner="ann")
+        new = on.renew(A, b"two", old, owner="ann")
+        on.save(A, b"late", old, owner="bob")
+        on.save(A, b"created", None, owner="eve")
+        assert on.owned("bob") == on.owned("eve") == {}
+        assert on.owned("ann") == {A: Record(b"two", new)}
+
+
+class TestAtOnce:
+    def test_threads_that_count_lose_nothing(self, name: str) -> None:
+        """Threads that each add one by comparing and setting end at exactly what they added."""
+        with trial(name) as on:
+            on.create(A, b"0")
+            trouble: list[object] = []
+
+            def work() -> None:
+                for _ in range(ROUNDS):
+                    record = on.store.ask(Load(on.store, A))
+                    while isinstance(record, Record):
+                        more = b"%d" % (int(record.data) + 1)
+                        record = on.store.ask(Save(on.store, A, more, version=record.version, ttl=60, owner="ann"))
+                    if not isinstance(record, int):
+                        trouble.append(record)
+
+            threads = [threading.Thread(target=work) for _ in range(THREADS)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert trouble == []
+            found = on.load(A)
+            assert found is not None
+            assert int(found.data) == THREADS * ROUNDS
+
+    def test_tasks_that_count_lose_nothing(self, name: str) -> None:
+        """Tasks of one loop that each add one by comparing and setting end at exactly what they added."""
+        with trial(name, "aask") as on:
+            on.create(A, b"0")
+
+            async def work() -> None:
+                for _ in range(ROUNDS):
+                    record = await on.store.aask(Load(on.store, A))
+                    while isinstance(record, Record):
+                        more = b"%d" % (int(record.data) + 1)
+                        save = Save(on.store, A, more, version=record.version, ttl=60, owner="ann")
+                        record = await on.store.aask(save)
+                        await asyncio.sleep(0)
+                    assert isinstance(record, int), record
+
+            async def all_of_them() -> None:
+                await asyncio.gather(*(work() for _ in range(THREADS)))
+
+            on.run(all_of_them())
+            found = on.load(A)
+            assert found is not None
+            assert int(found.data) == THREADS * ROUNDS
+
+    def test_of_many_that_create_or_delete_one_session_one_does(self, name: str) -> None:
+        """Of threads that create the same session one succeeds; of those that delete it, one is told what it was."""
+        with trial(name) as on:
+            for number in range(5):
+                one, gate = key(number), threading.Barrier(THREADS)
+                replies: list[object] = []
+
+                def work(command: Save | Delete, gate: threading.Barrier, replies: list[object]) -> None:
+                    gate.wait(30)
+                    replies.append(on.store.ask(command))
+
+                for command in (Save(on.store, one, b"x", version=None, ttl=60), Delete(on.store, one)):
+                    replies = []
+                    threads = [threading.Thread(target=work, args=(command, gate, replies)) for _ in range(THREADS)]
+                    for thread in threads:
+                        thread.start()
+                    for thread in threads:
+                        thread.join()
+                    assert not any(isinstance(reply, StoreError) for reply in replies), replies
+                    kinds = [type(reply) for reply in replies]
+                    if isinstance(command, Save):
+                        assert kinds.count(int) == 1
+                        assert kinds.count(Record) == THREADS - 1
+                    else:
+                        assert kinds.count(Record) == 1
+                        assert kinds.count(type(None)) == THREADS - 1
+
+    def test_one_who_is_cancelled_leaves_a_whole_session_or_none(self, name: str) -> None:
+        """A save that is cancelled was carried out or was not; the store answers all the same afterwards."""
+        with trial(name, "aask") as on:
+            version = on.create(A, b"before", owner="ann")
+
+            async def cancelled() -> None:
+                for turns in range(6):
+                    save = Save(on.store, A, b"after", version=version, ttl=60, owner="bob")
+                    task = asyncio.ensure_future(on.store.aask(save))
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+
+            on.run(cancelled())
+            found = on.load(A)
+            assert found is not None
+            assert found.data in (b"before", b"after")
+            assert (found.data == b"before") == (found.version == version)
+            settled = on.save(A, b"settled", found.version, owner="eve")
+            # What was cancelled may still be on its way to another machine: then this one was too late.
+            assert isinstance(settled, int) or settled == on.load(A)
+
+
+class TestEnds:
+    def test_a_store_may_be_closed_twice(self, name: str) -> None:
+        """Closing again, by either face, does nothing."""
+        with trial(name) as on:
+            on.create(A, b"one")
+            on.store.close()
+            on.store.close()
+            on.run(on.store.aclose())
+
+    def test_both_faces_see_the_same(self, name: str) -> None:
+        """What is saved by one face is loaded by the other."""
+        with trial(name) as on:
+            version = on.create(A, b"one", owner="ann")
+            on.face = "aask"
+            assert on.load(A) == Record(b"one", version)
+            again = on.renew(A, b"two", version, owner="ann")
+            on.face = "ask"
+            assert on.owned("ann") == {A: Record(b"two", again)}
+
+
+class Model(RuleBasedStateMachine):
+    """Any sequence of commands, against a dict that is written as the contract reads."""
+
+    store_name: str
+    KEYS = st.sampled_from([A, B, C])
+    OWNERS = st.sampled_from([None, "ann", "bob"])
+    WHICH = st.sampled_from(["none", "current", "old"])
+
+    @initialize(face=st.sampled_from(["ask", "aask"]))
+    def begin(self, face: str) -> None:
+        self.context = trial(self.store_name, face)
+        self.on = self.context.__enter__()
+        self.now = 0.0
+        self.held: dict[str, tuple[Record, float, str | None]] = {}
+        self.old: dict[str, int] = {}
+
+    def alive(self, key: str) -> Record | None:
+        held = self.held.get(key)
+        return held[0] if held is not None and self.now < held[1] else None
+
+    @rule(key=KEYS, which=WHICH, data=st.binary(max_size=20), ttl=st.integers(1, 20), owner=OWNERS)
+    def save(self, key: str, which: str, data: bytes, ttl: int, owner: str | None) -> None:
+        there = self.alive(key)
+        current = self.held[key][0].version if key in self.held else self.old.get(key)
+        version = {"none": None, "current": current, "old": self.old.get(key)}[which]
+        reply = self.on.save(key, data, version, ttl, owner)
+        if there is None and version is not None:
+            assert reply is None
+        elif there is not None and version != there.version:
+            assert reply == there
+        else:
+            assert isinstance(reply, int)
+            if key in self.held:
+                self.old[key] = self.held[key][0].version
+            self.held[key] = Record(data, reply), self.now + ttl, owner
+
+    @rule(key=KEYS)
+    def delete(self, key: str) -> None:
+        assert self.on.delete(key) == self.alive(key)
+        if key in self.held:
+            self.old[key] = self.held.pop(key)[0].version
+
+    @rule(quarters=st.integers(1, 60))
+    def advance(self, quarters: int) -> None:
+        self.now += quarters / 4
+        self.on.advance(quarters / 4)
+
+    @rule()
+    def sweep(self) -> None:
+        self.on.sweep()
+        assert self.on.sweep() == 0
+
+    @invariant()
+    def all_is_as_in_the_model(self) -> None:
+        if not hasattr(self, "on"):
+            return
+        for one in (A, B, C):
+            assert self.on.load(one) == self.alive(one)
+        for owner in ("ann", "bob"):
+            expected = {
+                key: record for key in self.held if (record := self.alive(key)) and self.held[key][2] == owner
+            }
+            assert self.on.owned(owner) == expected
+
+    def teardown(self) -> None:
+        if hasattr(self, "context"):
+            self.context.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("name", VIRTUAL)
+def test_any_sequence_of_commands_is_answered_as_a_dict_would(name: str) -> None:
+    """Saves of any version, deletes, sweeps and time in any order give what a plain dict gives."""
+    machine = type("Machine", (Model,), {"store_name": name})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
 
 
 class TestMemory:
-    def test_a_full_store_takes_no_new_session_and_keeps_those_it_has(self) -> None:
-        clock = Clock()
+    def test_a_full_store_refuses_what_is_new_and_puts_nothing_out(self) -> None:
+        """Beyond its bound a new session is an error that says so; those held are written on, and make room at their end."""
+        clock = Seconds()
         store = MemorySessions(most=2, clock=clock)
-        for one in ("a", "b"):
-            assert store.ask(Save(store, one, b"x", version=None, ttl=10)) is not None
-        assert isinstance(store.ask(Save(store, "c", b"x", version=None, ttl=10)), StoreError)
-        assert store.ask(Load(store, "a")) is not None
-        clock.now += 10
-        assert isinstance(store.ask(Save(store, "c", b"x", version=None, ttl=10)), int)
+        first = store.ask(Save(store, A, b"a", version=None, ttl=10))
+        store.ask(Save(store, B, b"b", version=None, ttl=60))
+        reply = store.ask(Save(store, C, b"c", version=None, ttl=60))
+        assert isinstance(reply, StoreError)
+        assert "full" in str(reply)
+        assert isinstance(store.ask(Save(store, A, b"a2", version=first, ttl=10)), int)
+        clock.advance(11)
+        assert isinstance(store.ask(Save(store, C, b"c", version=None, ttl=60)), int)
+        assert len(store) == 2
 
-    def test_what_has_expired_is_dropped_as_others_are_asked_for(self) -> None:
-        clock = Clock()
+    def test_what_has_expired_is_dropped_as_others_come(self) -> None:
+        """Without any sweep the store holds little more than what is alive."""
+        clock = Seconds()
         store = MemorySessions(clock=clock)
-        for number in range(1000):
-            store.ask(Save(store, str(number), b"x", version=None, ttl=10, owner="7"))
-        clock.now += 10
-        for _ in range(100):
-            store.ask(Load(store, "another"))
-        assert len(store) == 0
+        for number in range(5000):
+            store.ask(Save(store, key(number), b"x", version=None, ttl=10, owner="ann"))
+            clock.advance(0.1)
+            assert len(store) <= 102
+        clock.advance(100)
+        assert store.ask(Owned(store, "ann")) == []
 
-
-class TestRedis:
-    def test_a_server_that_is_gone_is_a_store_error_and_comes_back(self) -> None:
-        with running() as server:
-            store = RedisSessions(RedisStore(server.url, timeout=0.5), owns=True)
-            one = key()
-            assert store.ask(Save(store, one, b"x", version=None, ttl=TTL)) == 1
-            server.kill()
-            assert isinstance(store.ask(Load(store, one)), StoreError)
-            server.start()
-            # It kept nothing, and knows no script.
-            until(lambda: store.ask(Load(store, one)) is None)
-            assert store.ask(Save(store, one, b"x", version=None, ttl=TTL)) == 1
-            store.close()
-
-    def test_a_session_expires_by_the_server_s_clock(self) -> None:
-        server, beginning = shared_server(), prefix()
-        store = RedisSessions(RedisStore(server.unix_url, timeout=PATIENT), prefix=beginning, owns=True)
-        one = key()
-        store.ask(Save(store, one, b"x", version=None, ttl=TTL, owner="7"))
-        assert 0 < server.call("PTTL", f"{beginning}:s:{{{one}}}") <= TTL * 1000
-        store.close()
-
-    def test_what_is_somebody_else_s_is_neither_read_nor_overwritten(self) -> None:
-        server, beginning = shared_server(), prefix()
-        store = RedisSessions(RedisStore(server.unix_url, timeout=PATIENT), prefix=beginning, owns=True)
-        one = key()
-        server.call("SET", f"{beginning}:s:{{{one}}}", "foreign")
-        assert isinstance(store.ask(Load(store, one)), StoreError)
-        store.close()
-
-    def test_an_owner_s_name_does_not_stand_in_the_store(self) -> None:
-        server, beginning = shared_server(), prefix()
-        store = RedisSessions(RedisStore(server.unix_url, timeout=PATIENT), prefix=beginning, owns=True)
-        store.ask(Save(store, key(), b"x", version=None, ttl=TTL, owner="zoe@example.org"))
-        names = server.call("KEYS", f"{beginning}*")
-        assert len(names) == 2
-        assert not any(b"zoe" in name for name in names)
-        store.close()
-
-
-def counted(path: str, one: str, times: int) -> None:
-    """Count in a session, as another process does."""
-    store = SharedSessions(path)
-    for _ in range(times):
-        while True:
-            record = store.ask(Load(store, one))
-            new = str(int(record.data) + 1).encode()
-            if isinstance(store.ask(Save(store, one, new, version=record.version, ttl=TTL)), int):
-                break
-
-
-def written_without_end(path: str) -> None:
-    store = SharedSessions(path)
-    while True:
-        store.ask(Save(store, key(), os.urandom(3000), version=None, ttl=TTL, owner="7"))
-
-
-class TestShared:
-    @pytest.mark.parametrize("way", ["fork", "spawn"])
-    def test_of_many_processes_that_count_at_once_none_is_lost(self, tmp_path: Path, way: str) -> None:
-        store, one = SharedSessions(tmp_path), key()
-        store.ask(Save(store, one, b"0", version=None, ttl=TTL))
-        context: Any = multiprocessing.get_context(way)
-        processes = [context.Process(target=counted, args=(str(tmp_path), one, 50)) for _ in range(3)]
-        for process in processes:
-            process.start()
-        counted(str(tmp_path), one, 50)
-        for process in processes:
-            process.join()
-            assert process.exitcode == 0
-        assert store.ask(Load(store, one)).data == b"200"
-
-    def test_a_process_may_be_killed_at_any_moment(self, tmp_path: Path) -> None:
-        self.killed(tmp_path, 5)
-
-    @pytest.mark.soak
-    def test_a_hundred_may_be(self, tmp_path: Path) -> None:
-        self.killed(tmp_path, 100)
-
-    def are_more(self, store: SharedSessions, than: int) -> bool:
-        return len(store.ask(Owned(store, "7"))) > than
-
-    def killed(self, tmp_path: Path, times: int) -> None:
-        store, one = SharedSessions(tmp_path), key()
-        store.ask(Save(store, one, b"0", version=None, ttl=TTL))
-        context = multiprocessing.get_context("spawn")
-        for number in range(times):
-            process = context.Process(target=written_without_end, args=(str(tmp_path),))
-            process.start()
-            until(partial(self.are_more, store, 10 * number))
-            process.kill()
-            process.join()
-            record = store.ask(Load(store, one))
-            assert record.data == str(number).encode()
-            new = str(number + 1).encode()
-            assert isinstance(store.ask(Save(store, one, new, version=record.version, ttl=TTL)), int)
-            for held, found in store.ask(Owned(store, "7")):
-                assert len(found.data) == 3000
-                assert store.ask(Load(store, held)) == found
-
-    def test_what_is_not_durable_is_forgotten_when_the_machine_starts_anew(self, tmp_path: Path) -> None:
-        one = key()
-        for durable in (False, True):
-            folder = tmp_path / str(durable)
-            store = SharedSessions(folder, durable=durable)
-            store.ask(Save(store, one, b"x", version=None, ttl=TTL))
-            store.close()
-            told = folder / "sessions.boot"
-            told.write_bytes(told.read_bytes().replace(b"boot ", b"boot of another time "))
-            assert (store.ask(Load(store, one)) is not None) is durable
-
-    def test_a_full_one_takes_no_new_session_and_still_reads_and_deletes(self, tmp_path: Path) -> None:
-        store, first = SharedSessions(tmp_path, size=1 << 20), key()
-        store.ask(Save(store, first, b"x", version=None, ttl=TTL))
-        answer: object = 1
-        while isinstance(answer, int):
-            answer = store.ask(Save(store, key(), b"x" * 10_000, version=None, ttl=TTL))
-        assert isinstance(answer, StoreError)
-        assert "full" in str(answer)
-        assert store.ask(Load(store, first)) is not None
-
-    def test_its_files_are_for_their_owner_alone(self, tmp_path: Path) -> None:
-        store = SharedSessions(tmp_path / "made")
-        store.ask(Load(store, key()))
-        assert (tmp_path / "made").stat().st_mode & 0o077 == 0
-        assert all(file.stat().st_mode & 0o077 == 0 for file in (tmp_path / "made").iterdir())
-
-    def test_a_folder_that_cannot_be_made_is_a_store_error(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        store = SharedSessions(tmp_path / "file" / "folder")
-        assert isinstance(store.ask(Load(store, key())), StoreError)
-
-
-class TestSql:
-    def test_without_its_table_it_says_what_makes_it(self, tmp_path: Path) -> None:
-        store = SqlSessions(f"sqlite:///{tmp_path}/sessions.db")
-        answer = store.ask(Load(store, key()))
-        assert isinstance(answer, StoreError)
-        assert "create_table" in str(answer)
-        store.close()
-
-    def test_errors_show_neither_url_nor_statement(self, tmp_path: Path) -> None:
-        store = SqlSessions("postgresql+psycopg://me:hidden@127.0.0.1:1/db")
-        answer = store.ask(Load(store, key()))
-        assert isinstance(answer, StoreError)
-        assert not any(word in str(answer) for word in ("hidden", "127.0.0.1", "SELECT", "me:"))
-        store.close()
-        with pytest.raises(ValueError, match="expected") as error:
-            SqlSessions("nonsense hidden")
-        assert "hidden" not in str(error.value)
-
-    def test_a_child_that_was_forked_has_connections_of_its_own(self, tmp_path: Path) -> None:
-        store, one = SqlSessions(f"sqlite:///{tmp_path}/sessions.db", create=True), key()
-        store.ask(Save(store, one, b"0", version=None, ttl=TTL))
-
-        def look() -> None:
-            os._exit(store.ask(Load(store, one)) != Record(b"0", 1))
-
-        process = multiprocessing.get_context("fork").Process(target=look)
-        process.start()
-        process.join()
-        assert process.exitcode == 0
-        assert store.ask(Load(store, one)) == Record(b"0", 1)
-        store.close()
+    @pytest.mark.parametrize("ends", [True, False])
+    def test_the_ends_that_are_remembered_are_no_more_than_the_sessions(self, ends: bool) -> None:
+        """Logging in and out again and again, or saving for shorter and longer times, takes no more and more memory."""
+        store = MemorySessions(clock=Seconds())
+        version = None
+        for number in range(2000):
+            one = key(number) if ends else A
+            version = store.ask(
+                Save(store, one, b"x", version=None if ends else version, ttl=100 - 50 * (number % 2), owner="ann")
+            )
+            assert isinstance(version, int)
+            if ends:
+                store.ask(Delete(store, one))
+        assert len(store._ends) <= 100

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from gatekeeper.commands import Delete, Load, Owned, Record, Save, SessionCommand
 from gatekeeper.errors import StoreError
+from gatekeeper.stores.sessions import LONGEST, too_long
+
+_SPARE: Final = 64  # ends of what is gone, before they are looked for
 
 
 class _Held(NamedTuple):
@@ -24,6 +27,8 @@ class MemorySessions:
     - `most`: how many sessions it holds at most (default 1,000,000). A new one beyond them is answered with a
       StoreError; none that is alive is put out.
     - `clock`: the seconds since the epoch
+
+    A session has at most 1 MiB.
     """
 
     local = True
@@ -34,7 +39,7 @@ class MemorySessions:
         self._lock = Lock()
         self._held: dict[str, _Held] = {}
         self._owned: dict[str, set[str]] = {}
-        # When a session may be over: one entry for each write, so looked at again then.
+        # When a session may be over, so looked at again then. What is gone may still have entries.
         self._ends: list[tuple[float, str]] = []
         self._version = 0
 
@@ -85,6 +90,8 @@ class MemorySessions:
         return held if held is not None and now < held.expires else None
 
     def _save(self, command: Save, now: float) -> int | Record | StoreError | None:
+        if len(command.data) > LONGEST:
+            return too_long(command.data)
         held = self._alive(command.key, now)
         if held is None:
             if command.version is not None:
@@ -104,6 +111,9 @@ class MemorySessions:
         # A session that is written again and again has one entry, which is moved as its time comes.
         if held is None or held.expires > expires:
             heappush(self._ends, (expires, command.key))
+            if len(self._ends) > 2 * len(self._held) + _SPARE:
+                self._ends = [(one.expires, key) for key, one in self._held.items()]
+                heapify(self._ends)
         return self._version
 
     def _remove(self, key: str) -> None:
