@@ -11,7 +11,7 @@ import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterator, Mapping
 from math import isfinite
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, Generic, NamedTuple, NoReturn, TypeVar
 
 from gatekeeper.errors import GatekeeperError, MissingExtra
 from gatekeeper.keys import ASYMMETRIC, ENCRYPTION, HMAC_BYTES, Key, KeyRingError, KeyState, Ring
@@ -25,7 +25,7 @@ LEEWAY: Final = 60
 REMEMBERED: Final = 2048
 """So many tokens that were verified are remembered, twice: those seen lately, and those seen before them."""
 
-REMEMBERED_CHARACTERS: Final = 1 << 20
+REMEMBERED_CHARACTERS: Final = 2 << 20
 """So many characters they may have in all, twice."""
 
 _LONGEST_REMEMBERED: Final = 4096
@@ -34,6 +34,9 @@ _SEGMENT: Final = re.compile(r"[A-Za-z0-9_-]*")
 _LAST: Final = {2: frozenset("AQgw"), 3: frozenset("AEIMQUYcgkosw048")}
 
 _encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+T = TypeVar("T")
 
 
 class TokenError(GatekeeperError, ValueError):
@@ -77,6 +80,36 @@ class Claims(Mapping[str, Any]):
         return len(self._claims)
 
 
+class Remembered(Generic[T]):
+    """What tokens say that were verified, by their texts; bounded.
+
+    In two generations: what is asked for moves into the fresh one, and the stale one is forgotten as a whole.
+    """
+
+    __slots__ = ("characters", "fresh", "stale")
+
+    def __init__(self) -> None:
+        self.fresh: dict[str, T] = {}
+        self.stale: dict[str, T] = {}
+        self.characters = 0
+
+    def get(self, token: str) -> T | None:
+        found = self.fresh.get(token)
+        if found is None:
+            found = self.stale.get(token)
+            if found is not None:
+                self.add(token, found)
+        return found
+
+    def add(self, token: str, said: T) -> None:
+        if len(token) > _LONGEST_REMEMBERED:
+            return
+        if len(self.fresh) >= REMEMBERED or self.characters + len(token) > REMEMBERED_CHARACTERS:
+            self.stale, self.fresh, self.characters = self.fresh, {}, 0
+        self.fresh[token] = said
+        self.characters += len(token)
+
+
 class _Lock(NamedTuple):
     """A key, as it is used for a purpose."""
 
@@ -97,25 +130,14 @@ class _Known:
     is revoked by now adds it to what nobody looks into any more.
     """
 
-    __slots__ = ("active", "characters", "fresh", "headers", "locks", "stale", "version")
+    __slots__ = ("active", "headers", "locks", "tokens", "version")
 
     def __init__(self, version: int, locks: dict[str, _Lock], active: _Lock) -> None:
         self.version = version
         self.locks = locks
         self.active = active
         self.headers: dict[str, _Lock] = {}
-        # In two generations: what is asked for moves into the fresh one, and the stale one is forgotten as a whole.
-        self.fresh: dict[str, Claims] = {}
-        self.stale: dict[str, Claims] = {}
-        self.characters = 0
-
-    def remember(self, token: str, claims: Claims) -> None:
-        if len(token) > _LONGEST_REMEMBERED:
-            return
-        if len(self.fresh) >= REMEMBERED or self.characters + len(token) > REMEMBERED_CHARACTERS:
-            self.stale, self.fresh, self.characters = self.fresh, {}, 0
-        self.fresh[token] = claims
-        self.characters += len(token)
+        self.tokens: Remembered[Claims] = Remembered()
 
 
 class Tokens:
@@ -190,12 +212,10 @@ class Tokens:
         known = self._known
         if known.version != self._ring.version:
             known = self._renewed()
-        claims = known.fresh.get(token)
+        claims = known.tokens.get(token)
         if claims is None:
-            claims = known.stale.get(token)
-            if claims is None:
-                claims = self._verified(token, known)
-            known.remember(token, claims)
+            claims = self._verified(token, known)
+            known.tokens.add(token, claims)
         said = claims._claims
         if now >= said["exp"]:
             raise TokenError("expired")
