@@ -28,6 +28,7 @@ from benchmarks import (
     redis,
     shared,
     throttled,
+    tokens,
     wsgi,
 )
 from benchmarks.measure import Progress, Result, Row, Skipped, Unfit
@@ -47,6 +48,7 @@ BENCHMARKS: Final[dict[str, Callable[[bool, Progress], Result]]] = {
     "gateway": gateway.run,
     "gateway_memory": gateway_memory.run,
     "hashing": hashing.run,
+    "tokens": tokens.run,
 }
 """By name, in the order they run. Called with (quick, progress)."""
 
