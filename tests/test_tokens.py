@@ -388,8 +388,8 @@ class TestClaims:
 
     def test_a_token_that_is_signed_is_none_that_is_encrypted_and_the_reverse(self) -> None:
         sealed, signs = tokens(encrypt=True), tokens()
-        assert reason(signs, sealed.seal(CLAIMS, NOW)) == "malformed"
-        assert reason(sealed, signs.seal(CLAIMS, NOW)) == "malformed"
+        assert reason(signs, sealed.seal(CLAIMS, NOW)) == "key"
+        assert reason(sealed, signs.seal(CLAIMS, NOW)) == "key"
 
 
 class TestEncrypted:
@@ -544,9 +544,22 @@ class TestKeys:
         with pytest.raises(KeyRingError, match="PEM goes with"):
             Key("a", algorithm, public(key("RS256")))
 
-    def test_a_key_that_encrypts_does_not_sign(self) -> None:
-        with pytest.raises(KeyRingError, match="encrypt = true"):
-            tokens(key("A256GCM"))
+    def test_a_key_that_encrypts_does_so_beside_keys_that_sign_and_never_signs(self) -> None:
+        signs, encrypts = key(), key("A256GCM")
+        one = tokens(encrypts, in_state(signs, KeyState.RETIRING))
+        token, before = one.seal(CLAIMS, NOW), tokens(signs).seal(CLAIMS, NOW)
+        assert len(token.split(".")) == 5
+        assert one.open(token, NOW)["sub"] == one.open(before, NOW)["sub"] == "ada"
+        assert reason(tokens(signs, in_state(encrypts, KeyState.PENDING)), token) == ""
+        assert reason(tokens(signs), token) == "key"
+        head, *rest = token.split(".")
+        for forged in (f"{head}.{'.'.join(before.split('.')[1:])}", f"{before.split('.')[0]}.{'.'.join(rest)}"):
+            assert reason(one, forged) == "malformed"
+        for algorithm in ("HS256", "dir", "A256GCM"):
+            content = f"{segment(as_bytes(header(encrypts, alg=algorithm)))}.{segment(as_bytes(payload()))}"
+            for secret in (encrypts.secret, encrypts.derive("session"), encrypts.derive("session-encrypted")):
+                signature = hmac.digest(secret, content.encode(), "sha256")
+                assert reason(one, f"{content}.{segment(signature)}") in ("key", "header")
 
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_nothing_shows_a_secret(self, algorithm: str) -> None:

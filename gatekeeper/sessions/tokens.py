@@ -143,10 +143,10 @@ class _Known:
 class Tokens:
     """Writes and reads tokens for one purpose.
 
-    - `ring`: its active key signs, or encrypts
+    - `ring`: its active key signs; or it encrypts, if it is one for A256GCM
     - `issuer`, `audience`: what `iss` and `aud` have to be
     - `longest`: the seconds that a token may be valid for at most, from `iat` to `exp`
-    - `encrypt`: whether tokens are encrypted (JWE, `dir` with A256GCM) and not signed: who holds one cannot read it
+    - `encrypt`: whether all keys encrypt (JWE, `dir` with A256GCM) and none signs: who holds a token cannot read it
     - `purpose`: secrets are derived for it, and `typ` names it: a token for one passes for no other
 
     Raises MissingExtra without joserfc, KeyRingError for a key that cannot be used so; from then on the ring takes
@@ -194,7 +194,7 @@ class Tokens:
             raise ValueError("expected claims of texts, numbers, truths, lists and mappings by text") from None
         lock = known.active
         if lock.way is None:
-            header = self._header_of(lock.key, lock.algorithm)
+            header = {**self._header_of(lock.key, lock.algorithm), "enc": ENCRYPTION}
             token = str(self._jwe.encrypt_compact(header, payload, lock.material, algorithms=["dir", ENCRYPTION]))
         else:
             signed = f"{lock.header}.{_segment(payload)}"
@@ -227,10 +227,12 @@ class Tokens:
         if len(token) > LONGEST:
             raise TokenError("long")
         segments = token.split(".", 5)
-        if len(segments) != (5 if self._encrypts else 3) or not all(map(is_canonical, segments)):
+        if len(segments) not in (3, 5) or not all(map(is_canonical, segments)):
             raise TokenError("malformed")
         # A header that was right before need not be read again: it is the same for all tokens under a key.
         lock = known.headers.get(segments[0]) or self._header(segments[0], known)
+        if len(segments) != (5 if lock.way is None else 3):
+            raise TokenError("malformed")
         payload: bytes | None = None
         try:
             if lock.way is None:
@@ -247,14 +249,17 @@ class Tokens:
 
     def _header(self, segment: str, known: _Known) -> _Lock:
         header = parsed(segment_bytes(segment), "header")
-        members = {"alg", "kid", "typ", "enc"} if self._encrypts else {"alg", "kid", "typ"}
-        if header.keys() != members:
+        if header.keys() - {"enc"} != {"alg", "kid", "typ"}:
             raise TokenError("header")
         if header["typ"] != self._typ:
             raise TokenError("foreign")
         id = header["kid"]
         lock = known.locks.get(id) if isinstance(id, str) else None
-        if lock is None or header["alg"] != lock.algorithm or header.get("enc", ENCRYPTION) != ENCRYPTION:
+        if lock is None or header["alg"] != lock.algorithm:
+            raise TokenError("key")
+        if ("enc" in header) is not (lock.way is None):
+            raise TokenError("header")
+        if header.get("enc", ENCRYPTION) != ENCRYPTION:
             raise TokenError("key")
         return lock
 
@@ -288,11 +293,9 @@ class Tokens:
         return {key.id: self._lock(key) for key in living if key.is_private or not self._encrypts}
 
     def _lock(self, key: Key) -> _Lock:
-        if self._encrypts:
+        if self._encrypts or key.algorithm == ENCRYPTION:
             secret = self._jwk.OctKey.import_key(key.derive(f"{self._purpose}-encrypted"))
             return _Lock(key, "dir", secret, None, "")
-        if key.algorithm == ENCRYPTION:
-            raise KeyRingError(f"key {key.id}: expected a key that signs, or encrypt = true: {ENCRYPTION} encrypts")
         if key.algorithm in ASYMMETRIC:
             material = asymmetric(key)
         else:
@@ -302,8 +305,7 @@ class Tokens:
         return _Lock(key, key.algorithm, material, way, _segment(header))
 
     def _header_of(self, key: Key, algorithm: str) -> dict[str, str]:
-        header = {"alg": algorithm, "kid": key.id, "typ": self._typ}
-        return {**header, "enc": ENCRYPTION} if self._encrypts else header
+        return {"alg": algorithm, "kid": key.id, "typ": self._typ}
 
 
 def asymmetric(key: Key) -> Any:
