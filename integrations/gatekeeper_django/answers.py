@@ -18,7 +18,7 @@ from django.utils.log import log_response
 
 from gatekeeper.commands import Batch, Hits, Replies, Verdict
 from gatekeeper.decorators import CURRENT, IN_USE
-from gatekeeper.errors import Limited
+from gatekeeper.errors import Limited, StoreError
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.ratelimit.algorithms import NS
 from gatekeeper.ticket import Charge, Refusal
@@ -62,6 +62,30 @@ async def arefuse(ticket: DjangoTicket, verdict: Verdict | None = None) -> Any:
     for signal, arguments in _news(ticket, refusal.status, error):
         await signal.asend_robust(sender=Gatekeeper, **arguments)
     return response
+
+
+def is_of_session(request: Any, error: object) -> bool:
+    """Whether an error is that the store of the request's session does not answer."""
+    return isinstance(error, StoreError) and getattr(getattr(request, "session", None), "failure", None) is error
+
+
+def refuse_error(ticket: DjangoTicket, error: Limited | StoreError) -> Any:
+    """The response to a request that could not be answered for a limit, or for the store of sessions."""
+    if isinstance(error, Limited):
+        return refuse(ticket, error.verdict)
+    if ticket.session is not None:
+        ticket.session.failure = error
+    ticket.refused = 503
+    response = _plain(ticket, ticket.gate.refusal(ticket))
+    note(ticket, 503, response)
+    return response
+
+
+async def arefuse_error(ticket: DjangoTicket, error: Limited | StoreError) -> Any:
+    """As `refuse_error`, awaiting the handler and the receivers of signals."""
+    if isinstance(error, Limited):
+        return await arefuse(ticket, error.verdict)
+    return refuse_error(ticket, error)
 
 
 def announce(ticket: DjangoTicket, verdict: Verdict) -> None:
@@ -175,11 +199,14 @@ def note_bans(ticket: DjangoTicket, batch: Hits, replies: Replies) -> None:
 
 
 def _note_error(*, request: Any = None, **_: Any) -> None:
-    """Django takes a refusal that comes out of a middleware for a fault; ours, around it, knows better."""
+    """Django takes a refusal that comes out of a middleware for a fault; ours, around it, knows better.
+
+    So it does of a session that cannot be loaded or saved.
+    """
     error = sys.exc_info()[1]
     ticket = getattr(request, "gatekeeper", None)
-    if isinstance(error, Limited) and isinstance(ticket, DjangoTicket):
-        ticket.raised = error
+    if isinstance(ticket, DjangoTicket) and (isinstance(error, Limited) or is_of_session(request, error)):
+        ticket.raised = error  # type: ignore[assignment]  # a StoreError, if it is of the session
 
 
 got_request_exception.connect(_note_error, dispatch_uid="gatekeeper_django.answers")

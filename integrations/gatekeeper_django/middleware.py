@@ -12,7 +12,16 @@ from gatekeeper.commands import Call, Question, Steps, arun, run
 from gatekeeper.decorators import CURRENT, IN_USE
 from gatekeeper.errors import Limited, StoreError
 from gatekeeper.keeper import Gatekeeper
-from gatekeeper_django.answers import arefuse, awatching, leave, refuse, watching
+from gatekeeper_django.answers import (
+    arefuse,
+    arefuse_error,
+    awatching,
+    is_of_session,
+    leave,
+    refuse,
+    refuse_error,
+    watching,
+)
 from gatekeeper_django.conf import Policy, policy
 from gatekeeper_django.requests import DjangoTicket, user_of
 
@@ -70,7 +79,7 @@ class GatekeeperMiddleware:
             if ticket.steps is not None and self._resume(now, ticket):
                 response = _instead(response, refuse(ticket))  # no view has run: an unknown page, a redirect
             elif ticket.raised is not None and response.status_code >= 500:
-                response = _instead(response, refuse(ticket, ticket.raised.verdict))
+                response = _instead(response, refuse_error(ticket, ticket.raised))
             return leave(ticket, response, None)
         except BaseException as error:
             _abandon(ticket, error)
@@ -110,7 +119,7 @@ class GatekeeperMiddleware:
             if ticket.steps is not None and await self._resume_async(now, ticket):
                 response = _instead(response, await arefuse(ticket))
             elif ticket.raised is not None and response.status_code >= 500:
-                response = _instead(response, await arefuse(ticket, ticket.raised.verdict))
+                response = _instead(response, await arefuse_error(ticket, ticket.raised))
             return leave(ticket, response, asyncio.get_running_loop() if ticket.is_open else None)
         except BaseException as error:
             _abandon(ticket, error)
@@ -135,11 +144,14 @@ class GatekeeperMiddleware:
         return await arefuse(ticket) if await self._resume_async(policy(), ticket) else None
 
     def process_exception(self, request: Any, error: Exception) -> Any:
-        """A limited function that the view has called was called too often: that is no fault of the view's."""
+        """A limited function that the view has called was called too often: that is no fault of the view's.
+
+        Nor is it that the store of sessions does not answer.
+        """
         ticket = getattr(request, "gatekeeper", None)
-        if not isinstance(error, Limited) or ticket is None:
+        if ticket is None or not (isinstance(error, Limited) or is_of_session(request, error)):
             return None
-        return refuse(ticket, error.verdict)
+        return refuse_error(ticket, error)  # type: ignore[arg-type]  # a StoreError, if it is of the session
 
     # Rules that count by the user, where Django makes the user known only behind us.
 

@@ -9,7 +9,7 @@ from django.core.exceptions import RequestDataTooBig
 from django.utils.functional import SimpleLazyObject
 
 from gatekeeper.commands import Call, Steps
-from gatekeeper.errors import Limited
+from gatekeeper.errors import Limited, StoreError
 from gatekeeper.gate import Gate
 from gatekeeper.ticket import Ticket
 
@@ -59,8 +59,8 @@ class DjangoTicket(DjangoRequest, Ticket):
 
     question: Call | None = None
 
-    raised: Limited | None = None
-    """A refusal that another middleware let pass through it as an error."""
+    raised: Limited | StoreError | None = None
+    """A refusal, or a session that failed, that another middleware let pass through it as an error."""
 
     bans: tuple[tuple[str, str], ...] = ()
     """The rules and keys that its refusal has banned."""
