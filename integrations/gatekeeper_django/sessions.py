@@ -31,7 +31,7 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
     dictionary within the session counts as a change, without `modified = True`. Changes of requests that run at the
     same time are merged by name. The data is JSON, whatever SESSION_SERIALIZER is.
 
-    Raises ImproperlyConfigured, when it is used, unless GATEKEEPER has a `session`; StoreError while the store does
+    Raises ImproperlyConfigured unless GATEKEEPER has a `session`. Using it raises StoreError while the store does
     not answer, unless `session.on_error` is "empty"; SessionError for what JSON cannot hold.
     """
 
@@ -41,6 +41,7 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
     """Why the store could not be used."""
 
     def __init__(self, session_key: str | None = None) -> None:
+        _sessions()  # what is wrong with the settings is told at once
         self._core: Session | None = None
         super().__init__(session_key)
 
