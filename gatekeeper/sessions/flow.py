@@ -211,7 +211,7 @@ class StoredSessions(Sessions):
         if found is None:
             self._reject(session, "forged")
             return
-        key = _digest(found)
+        key = first = _digest(found)
         text: Text | None = None
         version = 0
         for _ in range(2):  # it may have moved
@@ -234,6 +234,7 @@ class StoredSessions(Sessions):
             return
         session.id, session.key, session.version = found, key, version
         session.born, session.seen, session.label = text.born, text.seen, text.label
+        session.is_moved = key != first
         session.renews = self._is_worth_renewing(text.data, text.seen, now)
         session.fill(text.data)
 
