@@ -46,6 +46,9 @@ STACK = [
     "django.contrib.messages.middleware.MessageMiddleware",
 ]
 
+OURS = [STACK[0], "gatekeeper_django.SessionMiddleware", *STACK[2:]]
+STACKS = pytest.mark.parametrize("stack", [STACK, OURS], ids=["Django's middleware", "ours"])
+
 
 def put(request: HttpRequest) -> HttpResponse:
     request.session.update(request.GET.dict())
@@ -152,11 +155,14 @@ def users() -> None:
         )
 
 
-@pytest.fixture(params=[f"{kind}, {way}" for kind in KINDS for way in ("blocking", "awaiting")])
+@pytest.fixture(
+    params=[f"{kind}, {way}, Django's" for kind in KINDS for way in ("blocking", "awaiting")]
+    + [f"{kind}, {way}, ours" for kind in ("redis", "sqlite", "token") for way in ("blocking", "awaiting")]
+)
 def site(request: pytest.FixtureRequest, tmp_path: Path, users: None) -> Iterator[Site]:
-    kind, way = request.param.split(", ")
+    kind, way, whose = request.param.split(", ")
     urls = Urls(URLS if way == "blocking" else ASYNC_URLS)
-    with policy(kind, tmp_path, MIDDLEWARE=STACK, ROOT_URLCONF=urls) as clock:
+    with policy(kind, tmp_path, MIDDLEWARE=OURS if whose == "ours" else STACK, ROOT_URLCONF=urls) as clock:
         if way == "blocking":
             yield Site(kind, None, clock)
         else:
@@ -262,10 +268,12 @@ def counting() -> Counting:
 class TestCookie:
     """Django's SessionMiddleware writes the cookie: its settings hold."""
 
-    def test_each_setting_of_the_cookie_holds(self, tmp_path: Path) -> None:
+    @STACKS
+    def test_each_setting_of_the_cookie_holds(self, tmp_path: Path, stack: list[str]) -> None:
         """Name, age, domain, path, Secure, HttpOnly, SameSite."""
         with at(
             tmp_path,
+            MIDDLEWARE=stack,
             SESSION_COOKIE_NAME="__Secure-s",
             SESSION_COOKIE_AGE=77,
             SESSION_COOKIE_DOMAIN="shop.example",
@@ -285,22 +293,25 @@ class TestCookie:
             }
             assert browser.get("/show").json() == {"cart": "1"}
 
-    def test_it_ends_with_the_browser_on_demand(self, tmp_path: Path) -> None:
+    @STACKS
+    def test_it_ends_with_the_browser_on_demand(self, tmp_path: Path, stack: list[str]) -> None:
         """By the setting, or for one session by `set_expiry(0)`."""
-        with at(tmp_path, SESSION_EXPIRE_AT_BROWSER_CLOSE=True) as browser:
+        with at(tmp_path, MIDDLEWARE=stack, SESSION_EXPIRE_AT_BROWSER_CLOSE=True) as browser:
             assert browser.get("/put?cart=1").cookies["sessionid"]["max-age"] == ""
 
-    def test_it_is_saved_with_every_request_on_demand(self, tmp_path: Path) -> None:
+    @STACKS
+    def test_it_is_saved_with_every_request_on_demand(self, tmp_path: Path, stack: list[str]) -> None:
         """SESSION_SAVE_EVERY_REQUEST moves its end each time."""
-        with at(tmp_path, SESSION_SAVE_EVERY_REQUEST=True) as browser:
+        with at(tmp_path, MIDDLEWARE=stack, SESSION_SAVE_EVERY_REQUEST=True) as browser:
             browser.get("/put?cart=1")
             store = counting()
             assert "sessionid" in browser.get("/silent").cookies
             assert store.asked == ["Load", "Save"]
 
-    def test_a_session_that_nobody_looks_at_costs_nothing(self, tmp_path: Path) -> None:
+    @STACKS
+    def test_a_session_that_nobody_looks_at_costs_nothing(self, tmp_path: Path, stack: list[str]) -> None:
         """The store is not asked, and nothing varies by the cookie."""
-        with at(tmp_path) as browser:
+        with at(tmp_path, MIDDLEWARE=stack) as browser:
             browser.get("/put?cart=1")
             store = counting()
             answer = browser.get("/silent")
@@ -308,10 +319,13 @@ class TestCookie:
             browser.get("/show")
             assert store.asked == ["Load"]
 
-    def test_an_idle_life_that_the_policy_names_is_renewed_by_reading(self, tmp_path: Path) -> None:
+    @STACKS
+    def test_an_idle_life_that_the_policy_names_is_renewed_by_reading(
+        self, tmp_path: Path, stack: list[str]
+    ) -> None:
         """Not with each request: when a tenth of it has passed. The cookie is then renewed as well."""
         with policy(
-            "memory", tmp_path, session={"idle": "100s"}, MIDDLEWARE=STACK, ROOT_URLCONF=Urls(URLS)
+            "memory", tmp_path, session={"idle": "100s"}, MIDDLEWARE=stack, ROOT_URLCONF=Urls(URLS)
         ) as clock:
             browser = Client()
             assert browser.get("/put?cart=1").cookies["sessionid"]["max-age"] == 100
@@ -325,14 +339,15 @@ class TestCookie:
             clock.now += 100
             assert browser.get("/show").json() == {}
 
-    def test_no_age_of_djangos_exceeds_what_the_policy_names(self, tmp_path: Path) -> None:
+    @STACKS
+    def test_no_age_of_djangos_exceeds_what_the_policy_names(self, tmp_path: Path, stack: list[str]) -> None:
         """The shorter of both holds."""
 
         def remember(request: HttpRequest) -> HttpResponse:
             request.session.set_expiry(10_000)
             return HttpResponse()
 
-        settings = {"MIDDLEWARE": STACK, "ROOT_URLCONF": Urls([*URLS, path("remember", remember)])}
+        settings = {"MIDDLEWARE": stack, "ROOT_URLCONF": Urls([*URLS, path("remember", remember)])}
         with policy("memory", tmp_path, session={"idle": "100s", "absolute": "150s"}, **settings) as clock:
             browser = Client()
             browser.get("/remember")
@@ -507,10 +522,11 @@ class TestMiddleware:
 class TestFailure:
     """While the store of sessions does not answer."""
 
+    @STACKS
     @pytest.mark.parametrize("what", ["Load", "Save"])
-    def test_the_request_is_answered_503(self, tmp_path: Path, what: str, caplog: Any) -> None:
+    def test_the_request_is_answered_503(self, tmp_path: Path, what: str, stack: list[str]) -> None:
         """Whether it happens in the view or behind it; one that does not use its session is answered."""
-        with at(tmp_path) as browser:
+        with at(tmp_path, MIDDLEWARE=stack) as browser:
             browser.raise_request_exception = False
             browser.get("/put?cart=1")
             store = counting()
@@ -525,8 +541,9 @@ class TestFailure:
             store.fails = frozenset()
             assert browser.get("/show").json() == {"cart": "1"}
 
+    @STACKS
     @pytest.mark.parametrize("what", ["Load", "Save"])
-    def test_an_asynchronous_view_is_answered_503(self, tmp_path: Path, what: str) -> None:
+    def test_an_asynchronous_view_is_answered_503(self, tmp_path: Path, what: str, stack: list[str]) -> None:
         """The same under ASGI."""
 
         async def main() -> None:
@@ -536,7 +553,7 @@ class TestFailure:
             answer = await browser.get("/show" if what == "Load" else "/put?cart=2")
             assert answer.status_code == 503
 
-        with policy("memory", tmp_path, MIDDLEWARE=STACK, ROOT_URLCONF=Urls(ASYNC_URLS)):
+        with policy("memory", tmp_path, MIDDLEWARE=stack, ROOT_URLCONF=Urls(ASYNC_URLS)):
             asyncio.run(main())
 
     def test_without_our_middleware_it_is_an_error_of_djangos(self, tmp_path: Path) -> None:
@@ -587,6 +604,108 @@ class TestFailure:
 
         urls = Urls([*ASYNC_URLS, path("blocking", blocking)])
         with policy("redis", tmp_path, MIDDLEWARE=STACK, ROOT_URLCONF=urls):
+            asyncio.run(main())
+
+
+class TestOurMiddleware:
+    """What it does beyond Django's, whose place it takes."""
+
+    @pytest.mark.parametrize("way", ["blocking", "awaiting"])
+    def test_a_token_may_take_several_cookies(self, tmp_path: Path, way: str) -> None:
+        """They are read together, written anew together, and those that are not needed any more expire."""
+        with policy(
+            "token", tmp_path, MIDDLEWARE=OURS, ROOT_URLCONF=Urls(URLS if way == "blocking" else ASYNC_URLS)
+        ):
+            browser = Client() if way == "blocking" else AsyncClient()
+
+            def get(url: str) -> Any:
+                found = browser.get(url)
+                return asyncio.run(found) if way == "awaiting" else found
+
+            answer = get("/put?cart=" + "x" * 7000)
+            assert set(answer.cookies) == {"sessionid", "sessionid.1", "sessionid.2"}
+            assert {cookie["max-age"] for cookie in answer.cookies.values()} == {1_209_600}
+            assert get("/show").json() == {"cart": "x" * 7000}
+            answer = get("/put?cart=1")
+            assert {name: cookie["max-age"] for name, cookie in answer.cookies.items()} == {
+                "sessionid": 1_209_600,
+                "sessionid.1": 0,
+                "sessionid.2": 0,
+            }
+            for gone in ("sessionid.1", "sessionid.2"):
+                del browser.cookies[gone]
+            assert get("/show").json() == {"cart": "1"}
+
+    def test_a_token_that_all_cookies_together_cannot_hold_is_an_error(self, tmp_path: Path) -> None:
+        """It says how much there is room for."""
+        with at(tmp_path, "token", MIDDLEWARE=OURS) as browser, pytest.raises(SessionError, match="at most"):
+            browser.get("/put?cart=" + "x" * 40_000)
+
+    def test_all_parts_expire_with_the_session(self, tmp_path: Path, users: None) -> None:
+        """A logout leaves nothing with the client."""
+        with at(tmp_path, "token", MIDDLEWARE=OURS) as browser:
+            browser.get("/put?cart=" + "x" * 7000)
+            answer = browser.get("/leave")
+            assert {name: cookie["max-age"] for name, cookie in answer.cookies.items()} == {
+                "sessionid": 0,
+                "sessionid.1": 0,
+                "sessionid.2": 0,
+            }
+
+    def test_the_session_that_a_rule_has_loaded_is_not_loaded_again(self, tmp_path: Path, users: None) -> None:
+        """One question before the view, one after it if something has changed."""
+        rules = {
+            "limits": [{"name": "mine", "rate": "90/minute", "key": "user"}],
+            "identity": {"user": "session:_auth_user_id"},
+        }
+        with at(tmp_path, MIDDLEWARE=OURS, policy=rules) as browser:
+            browser.get("/enter?name=ada")
+            store = counting()
+            assert browser.get("/me").content == b"ada"
+            assert store.asked == ["Load"]
+            browser.get("/put?cart=1")
+            assert store.asked == ["Load", "Load", "Save"]
+            assert browser.get("/show").json()["cart"] == "1"
+
+    def test_a_request_that_is_late_does_not_bring_the_old_key_back(self, tmp_path: Path) -> None:
+        """While `session.grace` lasts its change is kept, and its client is told no key."""
+        with policy(
+            "memory", tmp_path, session={"grace": "10s"}, MIDDLEWARE=OURS, ROOT_URLCONF=Urls(URLS)
+        ) as clock:
+            browser, late = Client(), Client()
+            browser.get("/put?cart=1")
+            late.cookies["sessionid"] = browser.cookies["sessionid"].value
+            session = SessionStore(browser.cookies["sessionid"].value)
+            session.cycle_key()
+            browser.cookies["sessionid"] = session.session_key
+            assert len(late.get("/put?late=1").cookies) == 0
+            assert browser.get("/show").json() == {"cart": "1", "late": "1"}
+            clock.now += 10
+            assert late.get("/show").json() == {}
+
+    def test_a_session_is_awaited_on_the_event_loop(self, tmp_path: Path) -> None:
+        """No thread stands between: it is loaded and saved where the view runs."""
+        threads = set()
+
+        class Seeing(Counting):
+            async def aask(self, command: SessionCommand) -> Any:
+                threads.add(threading.get_ident())
+                return await self.store.aask(command)
+
+            def ask(self, command: SessionCommand) -> Any:
+                raise AssertionError("nobody waits")
+
+        async def main() -> None:
+            browser = AsyncClient()
+            flow = sessions().flow
+            flow.store = Seeing(flow.store)  # type: ignore[assignment]  # it need not sweep
+            await browser.get("/put?cart=1")
+            assert (await browser.get("/show")).json() == {"cart": "1"}
+            assert threads == {threading.get_ident()}
+            await gatekeeper_django.keeper().sessions.flow.store.store.aclose()  # type: ignore[union-attr]
+
+        stack = [OURS[1]]
+        with policy("redis", tmp_path, MIDDLEWARE=stack, ROOT_URLCONF=Urls(ASYNC_URLS)):
             asyncio.run(main())
 
 

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from gatekeeper_django.decorators import Limit, limit
     from gatekeeper_django.middleware import GatekeeperMiddleware
     from gatekeeper_django.requests import user_of
+    from gatekeeper_django.session_middleware import SessionMiddleware
     from gatekeeper_django.signals import banned, limited
 
 __all__ = [
     "GatekeeperMiddleware",
     "Limit",
     "Limited",
+    "SessionMiddleware",
     "banned",
     "keeper",
     "limit",
@@ -31,6 +33,7 @@ _HOMES = {
     "GatekeeperMiddleware": "gatekeeper_django.middleware",
     "Limit": "gatekeeper_django.decorators",
     "Limited": "gatekeeper.errors",
+    "SessionMiddleware": "gatekeeper_django.session_middleware",
     "banned": "gatekeeper_django.signals",
     "keeper": "gatekeeper_django.conf",
     "limit": "gatekeeper_django.decorators",

@@ -40,6 +40,9 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
     failure: StoreError | None = None
     """Why the store could not be used."""
 
+    takes_parts = False
+    """Whether what writes the cookie writes several for a token that is longer than one."""
+
     def __init__(self, session_key: str | None = None) -> None:
         _sessions()  # what is wrong with the settings is told at once
         self._core: Session | None = None
@@ -71,6 +74,17 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
         self._session  # noqa: B018
         self._opened().label = value
         self.modified = True
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the client was told another key meanwhile, and this one is good for a while (`session.grace`)."""
+        return self._core is not None and self._core.is_moved
+
+    def adopt(self, core: Session) -> None:
+        """Take a session of the same request that was loaded already."""
+        if core.is_loaded and core.came:
+            core.stays = True
+            self._core = core
 
     # The contract of SessionBase: each method, and its awaiting twin, is a driver of the same steps.
 
@@ -178,7 +192,7 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
     def _write(self) -> Steps[None]:
         flow, core = _sessions().flow, self._opened()
         core.renews = True  # Django asks for a save once it wants one, to move the end of the session as well
-        value = _carried(flow, (yield from flow.save(core)))
+        value = self._carried(flow, (yield from flow.save(core)))
         if core.is_gone:
             raise UpdateError
         if value:
@@ -232,6 +246,17 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
             yield from self._create()
         self.modified = True
 
+    def _carried(self, flow: Sessions, fields: Fields) -> str | None:
+        """What the fields of a response have the client send from now on, if they say so."""
+        pairs = [value.partition(b";")[0].decode("ascii") for name, value in fields if name == b"set-cookie"]
+        if len(pairs) > 1 and not self.takes_parts:
+            raise SessionError(
+                "session: expected a token that one cookie can hold, for Django's SessionMiddleware sets one; let "
+                "gatekeeper_django.SessionMiddleware stand in its place, keep less in the session, or let a store "
+                'hold it (session.kind = "store")'
+            )
+        return next(joined(flow.cookie, pairs), None)
+
     # How they are driven
 
     def _run(self, steps: Steps[Any]) -> Any:
@@ -274,17 +299,6 @@ def _opened(key: str | None) -> Session:
     core = Session(flow, [] if key is None else [f"{flow.cookie.name}={key}"], blocking=True)
     core.stays = True
     return core
-
-
-def _carried(flow: Sessions, fields: Fields) -> str | None:
-    """What the fields of a response have the client send from now on, if they say so."""
-    pairs = [value.partition(b";")[0] for name, value in fields if name == b"set-cookie"]
-    if len(pairs) > 1:
-        raise SessionError(
-            "session: expected a token that one cookie can hold, for Django's SessionMiddleware sets one; keep "
-            'less in the session, or let a store hold it (session.kind = "store")'
-        )
-    return next(joined(flow.cookie, [pair.decode("ascii") for pair in pairs]), None)
 
 
 # A user's sessions
