@@ -12,6 +12,8 @@
 - gatekeeper.W007: a rule counts by nothing but what clients make up
 - gatekeeper.W008 (deploy): nothing is limited
 - gatekeeper.W009 (deploy): a rule counts by a cookie that is sent over connections that are not encrypted
+
+Those of sessions, E004 and W010 to W016, are in `session_checks`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from gatekeeper_django.decorators import Limit, limits_of
 from gatekeeper_django.middleware import GatekeeperMiddleware
 from gatekeeper_django.requests import user_of
 from gatekeeper_django.routes import Route, as_pattern, methods_of, routes
+from gatekeeper_django.session_checks import session_deployment, session_messages
 
 _KINDS: Final = (("enabled", "W008"), ("store.", "W001"), ("identity.", "W005"))
 """The beginnings of lines of `risks`, and their ids; the others are about `on_error`."""
@@ -73,6 +76,7 @@ def check_settings(app_configs: Any = None, **_: Any) -> list[CheckMessage]:
         *_middleware(found),
         *_keys(found),
         *(one for one in _risky(found, places) if one.id != "gatekeeper.W008"),
+        *session_messages(found),
     ]
 
 
@@ -92,7 +96,7 @@ def check_deployment(app_configs: Any = None, **_: Any) -> list[CheckMessage]:
                 id="gatekeeper.W001",
             )
         )
-    return [*messages, *_cookies(found)]
+    return [*messages, *_cookies(found), *session_deployment(found)]
 
 
 def route_infos() -> Iterator[tuple[Route, RouteInfo]]:
