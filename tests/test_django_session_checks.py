@@ -20,7 +20,11 @@ from gatekeeper.keys import KeyState
 from gatekeeper_django.checks import check_deployment, check_settings
 from tests.test_django_sessions import ENGINE
 
-SAFE = {"SESSION_COOKIE_SECURE": True, "SESSION_COOKIE_HTTPONLY": True, "SESSION_COOKIE_SAMESITE": "Lax"}
+SAFE: dict[str, Any] = {
+    "SESSION_COOKIE_SECURE": True,
+    "SESSION_COOKIE_HTTPONLY": True,
+    "SESSION_COOKIE_SAMESITE": "Lax",
+}
 TOKEN = {"session": {"kind": "token"}}
 
 
@@ -85,9 +89,10 @@ def test_sessions_in_the_memory_of_several_processes(monkeypatch: pytest.MonkeyP
 )
 def test_a_cookie_that_is_not_safe_is_told_before_it_is_deployed(name: str, value: object) -> None:
     """Once for each setting, and only where the engine is ours: of others Django tells it."""
-    assert ids(TOKEN, deploy=True, **{name: value}) == ["W011"]
-    assert ids(TOKEN, **{name: value}) == []
-    assert ids(TOKEN, deploy=True, SESSION_ENGINE="django.contrib.sessions.backends.db", **{name: value}) == []
+    told: dict[str, Any] = {name: value}
+    assert ids(TOKEN, deploy=True, **told) == ["W011"]
+    assert ids(TOKEN, **told) == []
+    assert ids(TOKEN, deploy=True, SESSION_ENGINE="django.contrib.sessions.backends.db", **told) == []
 
 
 def test_a_cookie_that_browsers_drop_is_told() -> None:

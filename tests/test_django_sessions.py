@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import tests.django_home  # noqa: F401  # first: Django wants its settings
+
 # isort: split
 import asyncio
 import re

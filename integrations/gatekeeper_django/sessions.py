@@ -10,6 +10,7 @@ from django.contrib.sessions.backends.base import CreateError, SessionBase, Upda
 from django.contrib.sessions.exceptions import SessionInterrupted
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.asyncio import async_unsafe
+from django.utils.crypto import get_random_string
 
 from gatekeeper.commands import Steps, anobody, arun, nobody, run
 from gatekeeper.errors import SessionError, StoreError
@@ -197,6 +198,9 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
             raise UpdateError
         if value:
             self._session_key = value
+        elif self.session_key is None and not self.takes_parts:
+            # It passes for empty, for its store does not answer. Django's middleware writes a key all the same.
+            self._session_key = get_random_string(32)
         self._session_cache = core.held
 
     def _delete(self, key: str | None) -> Steps[None]:
