@@ -446,3 +446,31 @@ class TestAges:
         home.clock.now += SessionStore().get_expiry_age()
         call_command("clearsessions")
         assert sessions().sweep() == 0
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({}, (77, 365 * 86_400)),
+        ({"absolute": "1h"}, (77, 3600)),
+        ({"absolute": "2d"}, (77, 2 * 86_400)),
+        ({"idle": "50s"}, (50, 12 * 3600)),
+        ({"idle": "90s", "absolute": "200s"}, (77, 200)),
+    ],
+)
+def test_what_the_policy_names_bounds_djangos_ages(named: dict[str, str], expected: tuple[int, int]) -> None:
+    """What it does not name is Django's, which has no absolute end: then it is the longest there is."""
+    session = {"kind": "store", **named}
+    with override_settings(GATEKEEPER={"session": session}, SESSION_ENGINE=ENGINE, SESSION_COOKIE_AGE=77):
+        flow = sessions().flow
+        assert flow.lives is not None
+        assert (flow.lives({}, 0), flow.absolute) == expected
+
+
+@pytest.mark.parametrize("odd", ["no date", [], {}, True, "9999-99-99T00:00:00", None, 0, ""])
+def test_an_expiry_that_is_none_of_djangos_is_the_general_age(odd: object) -> None:
+    """Another application may have put anything there."""
+    with override_settings(GATEKEEPER={"session": {"kind": "store"}}, SESSION_ENGINE=ENGINE, SESSION_COOKIE_AGE=77):
+        flow = sessions().flow
+        assert flow.lives is not None
+        assert flow.lives({"_session_expiry": odd}, 0) == 77

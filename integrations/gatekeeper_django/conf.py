@@ -128,7 +128,7 @@ def lives(idle: int | None) -> Callable[[Mapping[str, Any], int], int]:
         if isinstance(expiry, str):
             with suppress(ValueError, OverflowError, OSError):  # what is no date is none of Django's
                 age = int(datetime.fromisoformat(expiry).timestamp()) - seen
-        elif expiry and isinstance(expiry, int | float):
+        elif expiry and isinstance(expiry, int | float) and expiry is not True:
             age = int(expiry)
         return age if idle is None else min(age, idle)
 
