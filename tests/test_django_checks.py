@@ -311,8 +311,11 @@ def test_the_command_line_cannot_reach_counters_in_the_memory_of_others() -> Non
 
 
 def test_the_checks_know_every_id_that_they_document() -> None:
-    text = Path(gatekeeper_django.checks.__file__).read_text(encoding="utf-8")
-    documented = set(re.findall(r"^- gatekeeper\.([EW][0-9]{3})", text, re.MULTILINE))
-    assert documented == set(re.findall(r'"(?:gatekeeper\.)?([EW][0-9]{3})"', text))
+    documented: set[str] = set()
+    for module in (gatekeeper_django.checks, gatekeeper_django.session_checks):
+        text = Path(str(module.__file__)).read_text(encoding="utf-8")
+        told = set(re.findall(r"^- gatekeeper\.([EW][0-9]{3})", text, re.MULTILINE))
+        assert told == set(re.findall(r'"(?:gatekeeper\.)?([EW][0-9]{3})"', text))
+        documented |= told
     page = Path(__file__).resolve().parent.parent / "docs" / "frameworks" / "django.md"
     assert documented == set(re.findall(r"gatekeeper\.([EW][0-9]{3})", page.read_text(encoding="utf-8")))
