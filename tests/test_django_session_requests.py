@@ -18,15 +18,19 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from django.conf import settings as django_settings
 from django.contrib import admin, messages
 from django.contrib.auth import alogin, alogout, get_user_model, login, logout, update_session_auth_hash
 from django.contrib.sessions.exceptions import SessionInterrupted
 from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
+from django.core.handlers.wsgi import WSGIHandler
 from django.db import connections
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.middleware.csrf import get_token
 from django.test import AsyncClient, Client, override_settings
 from django.urls import path
+from hypothesis import given
+from hypothesis import strategies as st
 
 import gatekeeper_django
 from gatekeeper import Gatekeeper
@@ -36,7 +40,7 @@ from gatekeeper.wsgi import GatekeeperMiddleware
 from gatekeeper_django.sessions import SessionStore, aof, arevoke, of, revoke
 from tests.redis_servers import PATIENT
 from tests.scenarios import Ask
-from tests.test_django_sessions import KINDS, STORED, Clock, policy, sessions
+from tests.test_django_sessions import ENGINE, KINDS, STORED, Clock, policy, sessions
 
 STACK = [
     MIDDLEWARE,
@@ -141,6 +145,11 @@ class Site:
         found = (browser or self.browser).get(url)
         return found if self._runner is None else self._runner.run(found)
 
+    def close(self) -> None:
+        """Let go of the connections that the event loop has opened."""
+        if self._runner is not None:
+            self._runner.run(gatekeeper_django.keeper().aclose())
+
     @property
     def cookie(self) -> str:
         return str(self.browser.cookies["sessionid"].value)
@@ -165,8 +174,9 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, users: None) -> Iterato
             yield Site(kind, None, clock)
         else:
             with asyncio.Runner() as runner:
-                yield Site(kind, runner, clock)
-                runner.run(gatekeeper_django.keeper().aclose())
+                site = Site(kind, runner, clock)
+                yield site
+                site.close()
     connections.close_all()
 
 
@@ -505,16 +515,42 @@ class TestMiddleware:
             browser.get("/broken")
             assert browser.get("/show").json() == {"cart": "1"}
 
-    def test_a_rule_counts_by_the_user_of_the_session(self, tmp_path: Path, users: None) -> None:
+    @pytest.mark.parametrize("identity", [{}, {"user": "session:_auth_user_id"}], ids=["Django's", "the session's"])
+    @STACKS
+    def test_a_rule_counts_by_the_user_of_the_session(
+        self, site: Site, identity: dict[str, str], stack: list[str]
+    ) -> None:
         """Whether Django's user says who it is, or the session itself before Django has looked."""
-        rule = {"name": "mine", "rate": "2/minute", "key": "user", "match": "/silent"}
-        for identity in ({}, {"user": "session:_auth_user_id"}):
-            with at(tmp_path, policy={"limits": [rule], "identity": identity}):
-                iris, again, jack = Client(), Client(), Client()
-                for browser, name in ((iris, "iris"), (again, "iris"), (jack, "jack")):
-                    browser.get(f"/enter?name={name}")
-                found = [browser.get("/silent").status_code for browser in (iris, again, jack, iris, jack, jack)]
-                assert found == [200, 200, 200, 429, 200, 429]
+        rule = {"name": "mine", "rate": "2/minute", "key": "user", "match": "/show"}
+        written = {**django_settings.GATEKEEPER, "limits": [rule], "identity": identity}
+        with override_settings(GATEKEEPER=written, MIDDLEWARE=stack):
+            iris, again, jack = site.new_browser(), site.new_browser(), site.new_browser()
+            for browser, name in ((iris, "iris"), (again, "iris"), (jack, "jack")):
+                assert site.get(f"/enter?name={name}", browser).status_code == 200
+            found = [site.get("/show", browser).status_code for browser in (iris, again, jack, iris, jack, jack)]
+            assert found == [200, 200, 200, 429, 200, 429]
+            site.close()
+
+
+@STACKS
+@pytest.mark.parametrize("kind", ["store", "token"])
+@given(
+    st.one_of(
+        st.text(st.characters(max_codepoint=255), max_size=80),
+        st.binary(max_size=60).map(lambda raw: raw.decode("latin-1")),
+        st.from_regex(r"([2-8]~)?[A-Za-z0-9._=-]{0,80}(; sessionid\.[1-7]=[A-Za-z0-9.]{0,9}){0,3}", fullmatch=True),
+    )
+)
+def test_no_cookie_is_an_error(stack: list[str], kind: str, text: str) -> None:
+    """Whatever a client sends: it has no session, and gets its page."""
+    written = {"session": {"kind": kind}}
+    with override_settings(GATEKEEPER=written, SESSION_ENGINE=ENGINE, MIDDLEWARE=stack, ROOT_URLCONF=Urls(URLS)):
+        handler = WSGIHandler()
+        for url in ("/show", "/put?cart=1", "/leave"):
+            answer = ask_wsgi(handler, Ask(raw=url, headers=[("Cookie", f"sessionid={text}")]))
+            assert answer.status == 200
+            if url == "/show":
+                assert answer.body == b"{}"
 
 
 class TestFailure:
@@ -819,6 +855,7 @@ class TestUsers:
 
         urls = [path("name", name), path("others", others)]
         with at(tmp_path, kind, urls=urls):
+            revoke(iris)  # what other tests have left on the same server
             browsers = [Client() for _ in range(3)]
             for place, browser in enumerate(browsers):
                 browser.get("/enter?name=iris")

@@ -156,7 +156,7 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
     def _find(self, key: str | None) -> Steps[bool]:
         if not self._validate_session_key(key):
             return False
-        core = _opened(key)
+        core = _session_of(key)
         yield from _sessions().flow.load(core)
         if core.failure is not None:
             raise core.failure
@@ -210,7 +210,7 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
             return
         core = self._core if is_own else None
         if core is None or not core.is_loaded:
-            core = _opened(key)
+            core = _session_of(key)
         elif core.failure is None:
             self._session_cache = dict(self.__dict__.get("_session_cache", core.held))  # what it held is read still
         flow = _sessions().flow
@@ -280,7 +280,7 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
 
     def _opened(self) -> Session:
         if self._core is None:
-            self._core = _opened(self.session_key)
+            self._core = _session_of(self.session_key)
         return self._core
 
 
@@ -298,7 +298,7 @@ def _sessions() -> UserSessions:
     return found
 
 
-def _opened(key: str | None) -> Session:
+def _session_of(key: str | None) -> Session:
     flow = _sessions().flow
     core = Session(flow, [] if key is None else [f"{flow.cookie.name}={key}"], blocking=True)
     core.stays = True
