@@ -22,6 +22,7 @@ from django.conf import settings as django_settings
 from django.contrib import admin, messages
 from django.contrib.auth import alogin, alogout, get_user_model, login, logout, update_session_auth_hash
 from django.contrib.sessions.exceptions import SessionInterrupted
+from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
 from django.core.handlers.wsgi import WSGIHandler
 from django.db import connections
@@ -730,6 +731,31 @@ class TestOurMiddleware:
             assert browser.get("/show").json() == {"cart": "1", "late": "1"}
             clock.now += 10
             assert late.get("/show").json() == {}
+
+    def test_a_session_that_is_loaded_early_is_used_without_await(self, tmp_path: Path) -> None:
+        """In an asynchronous view, though its store is on another machine. It varies only if the view looks."""
+
+        async def blocking(request: HttpRequest) -> HttpResponse:
+            return HttpResponse(request.session["cart"])
+
+        async def quiet(request: HttpRequest) -> HttpResponse:
+            return HttpResponse()
+
+        async def main() -> None:
+            browser = AsyncClient()
+            await browser.get("/put?cart=1")
+            assert (await browser.get("/blocking")).content == b"1"
+            assert not (await browser.get("/quiet")).has_header("Vary")
+            await gatekeeper_django.keeper().aclose()
+
+        urls = Urls([*ASYNC_URLS, path("blocking", blocking), path("quiet", quiet)])
+        with policy("redis", tmp_path, session={"load": "early"}, MIDDLEWARE=OURS, ROOT_URLCONF=urls):
+            asyncio.run(main())
+
+    def test_the_admin_takes_it_for_djangos(self, tmp_path: Path) -> None:
+        """Checks of Django's that want a SessionMiddleware are content."""
+        with at(tmp_path, MIDDLEWARE=OURS, urls=[path("admin/", admin.site.urls)]):
+            assert [one.id for one in run_checks() if str(one.id).startswith("admin.E")] == []
 
     def test_a_session_is_awaited_on_the_event_loop(self, tmp_path: Path) -> None:
         """No thread stands between: it is loaded and saved where the view runs."""

@@ -20,9 +20,9 @@ from gatekeeper_django.sessions import SessionStore
 class SessionMiddleware(DjangoSessionMiddleware):  # type: ignore[misc]  # Django has no hints of its own
     """Stands in place of `django.contrib.sessions.middleware.SessionMiddleware`, and goes by the same settings.
 
-    Beyond that one it saves sessions without a thread under ASGI, reads and writes tokens that take several
-    cookies, does not load a session again that a rule has loaded, and gives no client a key back that was replaced
-    while `session.grace` lasts.
+    Beyond that one it saves sessions without a thread under ASGI, and loads them before the view with
+    `session.load = "early"`; reads and writes tokens that take several cookies; does not load a session again that
+    a rule has loaded; and gives no client a key back that was replaced while `session.grace` lasts.
     It wants `SESSION_ENGINE = "gatekeeper_django.sessions"`, or a subclass of its SessionStore.
     """
 
@@ -47,6 +47,7 @@ class SessionMiddleware(DjangoSessionMiddleware):  # type: ignore[misc]  # Djang
 
     async def __acall__(self, request: Any) -> Any:
         self.process_request(request)
+        await request.session.preload()
         response = await self.get_response(request)
         session = getattr(request, "session", None)
         if not isinstance(session, SessionStore):

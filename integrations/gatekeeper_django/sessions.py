@@ -87,10 +87,19 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
             core.stays = True
             self._core = core
 
+    async def preload(self) -> None:
+        """Read it, if `session.load` is "early", so that it can be used without `await`.
+
+        What is wrong with its store is told when it is used.
+        """
+        flow = _sessions().flow
+        if flow.early and self.session_key is not None:
+            await arun(flow.load(self._opened()), anobody)
+
     # The contract of SessionBase: each method, and its awaiting twin, is a driver of the same steps.
 
     def load(self) -> dict[str, Any]:
-        return self._run(self._load())  # type: ignore[no-any-return]
+        return self._run(self._load(), waits=not self._opened().is_loaded)  # type: ignore[no-any-return]
 
     async def aload(self) -> dict[str, Any]:
         return await self._arun(self._load())  # type: ignore[no-any-return]
@@ -263,8 +272,8 @@ class SessionStore(SessionBase):  # type: ignore[misc]  # Django has no hints of
 
     # How they are driven
 
-    def _run(self, steps: Steps[Any]) -> Any:
-        drive = run if _sessions().flow.is_local else _run_waiting
+    def _run(self, steps: Steps[Any], *, waits: bool = True) -> Any:
+        drive = _run_waiting if waits and not _sessions().flow.is_local else run
         try:
             return drive(steps, nobody)
         except StoreError as error:
