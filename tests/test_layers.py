@@ -16,7 +16,7 @@ FLOORS: Final[dict[str, int]] = {
             "errors http keys commands",
             "identity ratelimit sessions affinity upstreams",
             "gate ticket",
-            "stores proxy",
+            "stores proxy jwks",
             "settings storage upkeep keyfiles user_sessions keeper limiter decorators",
             "asgi coverage gateway testing wsgi",
             "cli",
