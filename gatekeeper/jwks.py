@@ -70,7 +70,8 @@ class Jwks:
         return bool(self.keys) and self._clock() - self._read >= self._every and self._may_begin()
 
     def is_due(self) -> bool:
-        return self._reading is not None or self._may_begin()
+        with self._lock:  # as it is begun, both change together
+            return self._reading is not None or self._may_begin()
 
     def begin(self, nothing: object = None) -> Future[None] | None:
         """Have them read, unless that was done lately. What is done once they are; None if nothing is read."""

@@ -365,6 +365,14 @@ class TestAsking:
         with pytest.raises(UnknownKey):
             one.open(signed(), NOW)
 
+    def test_keys_that_were_read_meanwhile_for_somebody_else_are_looked_into(self) -> None:
+        class Late(Published):
+            def is_due(self) -> bool:
+                self.keys = ALL
+                return False
+
+        assert run(foreign(Late({})).claims(signed(), NOW, blocking=True), nobody) == payload()
+
     @pytest.mark.parametrize(
         "token", ["", "a.b.c", signed(header(alg="none")), signed(header(alg="HS256", kid="new")), signed(header(kid=7)),
                   signed(header(kid="new", jku="x")), signed(body=payload(aud="other"))],

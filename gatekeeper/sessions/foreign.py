@@ -123,13 +123,15 @@ class ForeignTokens:
         source = self._source
         if source.is_old():
             yield Call(source.begin, None)
+        keys = source.keys
         try:
             try:
                 return self.open(token, now)
             except UnknownKey:
-                if not source.is_due():
+                if source.is_due():
+                    yield Call(source.refresh if blocking else source.arefresh, None)
+                elif source.keys is keys:  # else they were read since, for somebody else
                     raise
-            yield Call(source.refresh if blocking else source.arefresh, None)
             return self.open(token, now)
         except TokenError as error:
             self.counts[error.reason] += 1
