@@ -1202,3 +1202,73 @@ def test_a_wrong_document_passes_neither_the_schema_nor_the_settings(document: A
     assert not accepts(schema, document, schema)
     with pytest.raises(SettingsError):
         load_settings(document)
+
+
+BEARER = {"issuer": "https://id.example.com/", "audience": "api", "jwks_url": "https://id.example.com/keys"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://keys.example.net",
+        "https://keys.example.net:8443/a/keys?v=1",
+        "https://[2001:db8::1]/keys",
+        "http://127.0.0.1:9000/keys",
+        "http://[::1]/keys",
+        "http://localhost:9000/keys",
+    ],
+)
+def test_keys_of_a_provider_are_read_over_tls_or_on_this_machine(url: str) -> None:
+    read = load_settings({"identity": {"user": "bearer:sub", "bearer": {**BEARER, "jwks_url": url}}})
+    assert read.identity.bearer is not None
+    assert read.identity.bearer.jwks_url == url
+    assert url not in repr(read), "a query may hold a secret"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "keys.example.net",  "http://keys.example.net/keys", "http://10.0.0.1/keys", "http://127.0.0.1.example.com/keys",
+        "http://localhost.example.com/", "ftp://127.0.0.1/keys", "file:///etc/passwd", "https://", "https:///keys",
+        "https://me:hunter2@keys.example.net/", "https://keys.example.net:0/", "https://keys.example.net:99999/",
+        "https://keys.example.net:x/", "https://[::1", "https://keys.example.net/#keys", "https://keys.example.net/ keys",
+        "https://keys.example.net/\r\nHost: other", "https://id.éxample.com/", "HTTPS://keys.example.net/",
+    ],
+)  # fmt: skip
+def test_another_address_for_the_keys_of_a_provider_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings({"identity": {"user": "bearer:sub", "bearer": {**BEARER, "jwks_url": url}}})
+    (problem,) = error.value.problems
+    assert problem.startswith("identity.bearer.jwks_url: expected an address of https")
+    assert "keys.example.net" not in problem
+
+
+@pytest.mark.parametrize(
+    ("identity", "told"),
+    [
+        ({"user": "bearer:sub"}, "identity.bearer: expected a table with issuer, audience and jwks_url"),
+        ({"bearer": BEARER}, 'identity.bearer: goes with user = "bearer:CLAIM"'),
+        ({"user": "session:sub", "bearer": BEARER}, 'identity.bearer: goes with user = "bearer:CLAIM"'),
+        ({"user": "bearer:sub", "bearer": {"issuer": "x", "audience": "y"}}, "identity.bearer.jwks_url: expected a"),
+        ({"user": "bearer:sub", "bearer": {**BEARER, "issuer": ""}}, "identity.bearer.issuer: expected"),
+        ({"user": "bearer:sub", "bearer": {**BEARER, "audience": ["a"]}}, "identity.bearer.audience: expected"),
+        ({"user": "bearer:sub", "bearer": {**BEARER, "algorithms": []}}, "identity.bearer.algorithms: expected at"),
+        ({"user": "bearer:sub", "bearer": {**BEARER, "algorithms": ["HS256"]}}, "identity.bearer.algorithms[0]: exp"),
+        ({"user": "bearer:sub", "bearer": {**BEARER, "algorithms": ["none"]}}, "identity.bearer.algorithms[0]: exp"),
+        ({"user": "bearer:sub", "bearer": {**BEARER, "secret": "x"}}, "identity.bearer.secret: unknown key"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_tokens_of_a_provider_is_told(identity: dict[str, object], told: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings({"identity": identity})
+    (problem,) = error.value.problems
+    assert problem.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "identity", [{"user": "session:sub"}, {"user": "bearer:sub", "bearer": BEARER}, {"from_gateway": True}]
+)
+def test_a_session_a_token_and_a_gateway_tell_claims(identity: dict[str, object]) -> None:
+    limit = {"name": "a", "rate": "1/second", "key": "claim:team"}
+    assert not any("claims" in line for line in warnings(load_settings({"identity": identity, "limits": [limit]})))
+    assert any("claims" in line for line in warnings(load_settings({"limits": [limit]})))

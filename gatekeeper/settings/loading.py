@@ -24,6 +24,7 @@ from gatekeeper.errors import SettingsError
 from gatekeeper.http.routes import Pattern, PatternError
 from gatekeeper.ratelimit.rates import Rate, RateError, parse_rates
 from gatekeeper.settings.base import as_list
+from gatekeeper.settings.bearer import misfit_bearer
 from gatekeeper.settings.schema import MOST_VNODES, MOST_WEIGHT, HealthSettings, PenaltySettings, Settings
 from gatekeeper.settings.session import misfit_session
 from gatekeeper.settings.values import Duration, parse_upstream, store_scheme, upstream_url
@@ -50,6 +51,7 @@ def _misfits(document: Mapping[str, Any]) -> list[str]:
     for name, pool in pools.items():
         if isinstance(pool, Mapping):
             problems += [f"pools.{_shown(name)}{problem}" for problem in _misfit_pool(pool)]
+    problems += [f"identity{problem}" for problem in misfit_bearer(document.get("identity"))]
     problems += [f"session{problem}" for problem in misfit_session(document.get("session"))]
     return [*problems, *_misfit_routes(document.get("routes"), pools)]
 
@@ -442,14 +444,14 @@ def warnings(settings: Settings, workers: int | None = None) -> list[str]:
         ]
         keyed += [f"pools.{_shown(name)}" for name, pool in settings.pools.items() if pool.key == "user"]
         found += [f"{path}.key: no identity.user tells the user, so each client is its address" for path in keyed]
-    if not callable(identity.user):
+    by = identity.user.partition(":")[0] if isinstance(identity.user, str) else ""
+    if not callable(identity.user) and by not in ("session", "bearer") and not identity.from_gateway:
         for place, limit in enumerate(settings.limits):
             claimed = [
                 text for text in (*limit.key, limit.tier) if isinstance(text, str) and text.startswith("claim:")
             ]
             found += [
-                f"limits[{place}]: no function of identity.user tells claims, so {text} is never there"
-                for text in claimed
+                f"limits[{place}]: no identity.user tells claims, so {text} is never there" for text in claimed
             ]
     used = {route.pool for route in settings.routes}
     found += [f"pools.{_shown(name)}: no route leads to it" for name in settings.pools if name not in used]

@@ -25,6 +25,7 @@ from gatekeeper.http.routes import Pattern
 from gatekeeper.ratelimit.rates import parse_rates
 from gatekeeper.ratelimit.rules import KEYS, KeyPartError, key_part
 from gatekeeper.settings.base import Boolean, Integer, Model, Strings, Text, as_list, default
+from gatekeeper.settings.bearer import BearerSettings
 from gatekeeper.settings.keys import Keys
 from gatekeeper.settings.session import SessionSettings
 from gatekeeper.settings.values import (
@@ -336,6 +337,7 @@ class IdentitySettings(Model):
     from_gateway: Boolean = Field(
         False, description="Whether a gateway's word is believed (Gatekeeper-Identity), from trusted proxies."
     )
+    bearer: BearerSettings | None = Field(None, description='Whose tokens they are of which "bearer:NAME" tells.')
     max_body: Annotated[int, Size(1, 1 << 16)] = default(
         "64KiB", "How much of a body is read for keys of form and JSON fields. A longer one is answered 413."
     )
