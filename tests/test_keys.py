@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from joserfc import jwk
 
 from gatekeeper import Gatekeeper, SettingsError
 from gatekeeper.keyfiles import KeyFileError, Keys, generate, load_file, rotated, save_file
@@ -59,6 +60,54 @@ class TestRing:
         assert found.hex() == (
             "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d9d201395faa4b61a96c8"
         )
+
+    @pytest.mark.parametrize("algorithm", ["RS256", "PS256", "ES256", "EdDSA"])
+    def test_a_pem_with_other_line_ends_is_the_same_key(self, algorithm: str) -> None:
+        pem = generate(algorithm).secret
+        made = Key("a", algorithm, pem).derive("any")
+        for other in (pem.replace(b"\n", b"\r\n"), b"\n" + pem + b"\n", b"Owner: us\n" + pem):
+            assert Key("a", algorithm, other).derive("any") == made
+        assert Key("a", algorithm, generate(algorithm).secret).derive("any") != made
+
+    @pytest.mark.parametrize("algorithm", ["RS256", "ES256"])
+    def test_nothing_is_derived_of_a_public_key_or_of_what_is_no_key(self, algorithm: str) -> None:
+        for pem in (
+            b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n",
+            b"-----BEGIN PRIVATE KEY-----\n*\n-----END PRIVATE KEY-----\n",
+            b"-----BEGIN PRIVATE KEY-----\nAAAA\n",
+        ):
+            with pytest.raises(KeyRingError, match="private key"):
+                Key("a", algorithm, pem).derive("any")
+
+    def test_keys_that_somebody_cannot_use_are_not_taken(self) -> None:
+        ring, old, new = Ring([key("a")]), key("a"), key("b")
+        seen: list[tuple[Key, ...]] = []
+
+        def refuse(keys: tuple[Key, ...]) -> None:
+            seen.append(keys)
+            if old not in keys:
+                raise KeyRingError("key b: of no use")
+
+        ring.checks.append(refuse)
+        version = ring.version
+        with pytest.raises(KeyRingError, match="of no use"):
+            ring.replace([new])
+        assert (ring.active.id, ring.version, ring.find("b")) == ("a", version, None)
+        ring.replace([old])
+        assert (seen, ring.active) == ([(new,), (old,)], old)
+
+    def test_secrets_asked_for_while_keys_are_replaced_are_not_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        old, new = key("a"), key("b")
+        ring, derive = Ring([old]), Key.derive
+
+        def late(self: Key, purpose: str, length: int = 32) -> bytes:
+            monkeypatch.setattr(Key, "derive", derive)
+            ring.replace([new])  # another thread does
+            return derive(self, purpose, length)
+
+        monkeypatch.setattr(Key, "derive", late)
+        assert ring.secrets("any") in ([old.derive("any")], [new.derive("any")])
+        assert ring.secrets("any") == [new.derive("any")], "what is revoked verifies nothing afterwards"
 
     @pytest.mark.parametrize(
         ("algorithm", "secret"),
@@ -147,6 +196,28 @@ class TestSettings:
         keys()
         assert keys.ring.active.id == "first"
         assert len(said) == 1
+
+    def test_a_file_with_a_key_that_tokens_cannot_use_is_told_and_not_taken(self, tmp_path: Path) -> None:
+        path = tmp_path / "keys.json"
+        first = key("first")
+        save_file(path, [(first, 0)])
+        keeper = Gatekeeper({"keys": [f"file:{path}"], "session": {"kind": "token"}})
+        assert keeper.keys is not None
+        said = list[str]()
+        keeper.keys._warn = said.append
+        members = json.loads(path.read_text())["keys"]
+        other = jwk.ECKey.generate_key("P-384").as_dict(private=True)
+        members.append({**other, "kid": "other", "alg": "ES256", "state": "pending"})
+        path.write_text(json.dumps({"keys": members}))
+        keeper.keys()
+        keeper.keys()
+        assert [one.id for one in keeper.keys.ring.keys] == ["first"]
+        (line,) = said
+        assert line.startswith("the keys are as they were: ")
+        assert "key other: expected a key on the curve P-256" in line
+        with pytest.raises(SettingsError, match="key other: expected a key on the curve P-256"):
+            Gatekeeper({"keys": [f"file:{path}"], "session": {"kind": "token"}})
+        keeper.close()
 
 
 class TestFiles:
