@@ -958,6 +958,21 @@ def test_static_files_are_under_no_rule_that_is_for_all_requests(static: Flask) 
     assert statuses(client, "/static/a.css", 2, B, "POST") == [405, 429]
 
 
+@pytest.mark.parametrize("url", ["", "/"])
+def test_static_files_at_the_root_are_exempt_and_paths_that_name_no_file_are_not(tmp_path: Path, url: str) -> None:
+    (tmp_path / "a.css").write_text("a")
+    app = Flask("root", static_folder=str(tmp_path), static_url_path=url)
+    app.add_url_rule("/item/<number>", "item", lambda number: number)
+    Gatekeeper(app, DEFAULT)
+    client = app.test_client()
+    assert statuses(client, "/a.css", 4) == [200] * 4
+    assert statuses(client, "/item/1", 3) == [200, 200, 429]
+    assert statuses(client, "/a.css", 1) == [200]
+    for path in ("/guess", "/%00", "/..%2f..%2fetc%2fpasswd", "/sub/../../x"):
+        assert statuses(client, path, 1) == [429]
+    assert statuses(client, "/guess", 3, B) == [404, 404, 429]
+
+
 def test_a_rule_that_names_static_files_is_for_them(static: Flask) -> None:
     limits = [{"name": "all", "rate": "1/minute"}, {"name": "files", "rate": "2/minute", "match": "/static/*"}]
     gk = Gatekeeper(static, {"limits": limits, "access": {"allow": B["REMOTE_ADDR"]}})

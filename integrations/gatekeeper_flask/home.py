@@ -12,11 +12,13 @@ answer if it has any, and its `after_request` functions see it.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
-from flask import Flask, request
+from flask import Blueprint, Flask, request
 from werkzeug.routing import Rule as Route
+from werkzeug.security import safe_join
 from werkzeug.wsgi import get_input_stream
 
 from gatekeeper import Gatekeeper as Keeper
@@ -309,7 +311,7 @@ class Home:
         """Decide on a request whose route is known by now and may be exempt."""
         route = request._get_current_object().url_rule  # type: ignore[attr-defined]
         declared = None if route is None else self._known_exempt().get(route.endpoint)
-        if declared is None:
+        if declared is None or not (declared or self._is_file(route.endpoint)):
             self._admit(ticket)
             return
         keeper = self._for_exempt[declared]
@@ -370,12 +372,21 @@ class Home:
         self._maybe = tuple(sorted(beginnings))
         return self._maybe
 
+    def _is_file(self, endpoint: str) -> bool:
+        """Whether the static file that is asked for is there. (At the root, a static route takes all paths.)"""
+        folder = getattr(self._owner(endpoint), "static_folder", None)
+        path = folder and safe_join(folder, (request.view_args or {}).get("filename", ""))
+        return path is not None and os.path.isfile(path)
+
+    def _owner(self, endpoint: str) -> Flask | Blueprint | None:
+        name = endpoint.rpartition(".")[0]
+        return self.flask.blueprints.get(name) if name else self.flask  # type: ignore[return-value]
+
     def _serves_static(self, route: Route) -> bool:
         """Whether it is the route that Flask makes for a static folder, of the application or of a blueprint."""
-        name, _, last = route.endpoint.rpartition(".")
-        owner = self.flask.blueprints.get(name) if name else self.flask
+        owner = self._owner(route.endpoint)
         return (
-            last == "static"
+            route.endpoint.rpartition(".")[2] == "static"
             and owner is not None
             and owner.has_static_folder
             and route.rule.endswith(f"{owner.static_url_path}/<path:filename>")
