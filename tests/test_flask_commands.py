@@ -65,8 +65,8 @@ def test_check_lists_each_route_with_what_limits_it_and_warns_of_the_uncovered()
     result = run(app, "check")
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
-        "GET /: nothing",
-        "GET /api/health: nothing (exempt)",
+        "GET /: no limit",
+        "GET /api/health: no limit (exempt)",
         "GET /api/items/{number}: api, api, get",
         "POST /login: login",
     ]

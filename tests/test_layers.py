@@ -18,7 +18,7 @@ FLOORS: Final[dict[str, int]] = {
             "gate ticket",
             "stores proxy jwks",
             "settings storage upkeep keyfiles user_sessions keeper limiter decorators",
-            "asgi coverage gateway testing wsgi",
+            "asgi coverage gateway quotas testing wsgi",
             "cli",
         )
     )

@@ -516,5 +516,8 @@ def test_the_command_prints_the_report(tmp_path: Path) -> None:
         return done.returncode, done.stdout, done.stderr
 
     assert run("shop:app") == (0, "GET  /a  lambda\n", "")
-    assert run("shop:bare") == (1, "GET  /a  no limit\nwarning: GET /a: no limit is for it\n", "")
+    warned = "GET  /a  no limit\nwarning: GET /a: no limit is for it\n"
+    assert run("shop:bare") == (0, warned, "")
+    assert run("shop:bare", "--strict") == (1, warned, "")
+    assert run("shop:app", "--strict", "--workers", "2")[0] == 1
     assert run("shop:none")[0] == run("nowhere:app")[0] == run()[0] == 2

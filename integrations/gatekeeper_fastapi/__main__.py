@@ -1,29 +1,34 @@
-"""`python -m gatekeeper_fastapi package.module:app`: what limits its routes.
+"""`python -m gatekeeper_fastapi package.module:app [--workers N] [--strict]`: what limits its routes.
 
-Exit statuses: 0 there is nothing to warn of, 1 there are warnings, 2 there is no such application.
+Exit statuses: 0 all is well, 1 with `--strict` there are warnings, 2 there is no such application.
 """
 
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 
 from gatekeeper.settings import load_object
 from gatekeeper_fastapi.report import check
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or ":" not in arguments[0]:
-        sys.stderr.write("usage: python -m gatekeeper_fastapi package.module:app\n")
-        return 2
+    parser = ArgumentParser("python -m gatekeeper_fastapi", description="List each route with what limits it.")
+    parser.add_argument("app", metavar="package.module:app")
+    parser.add_argument("--workers", type=int, help="How many processes serve it.")
+    parser.add_argument("--strict", action="store_true", help="End with status 1 if there is a warning.")
+    told = parser.parse_args(arguments)
+    if ":" not in told.app:
+        parser.error('expected "package.module:app"')
     sys.path.insert(0, "")  # as servers do
     try:
-        app = load_object(arguments[0])
+        app = load_object(told.app)
     except ValueError as error:
-        sys.stderr.write(f"{arguments[0]}: {error}\n")
+        sys.stderr.write(f"{told.app}: {error}\n")
         return 2
-    report = check(app)
+    report = check(app, workers=told.workers)
     sys.stdout.write(f"{report}\n")
-    return 1 if report.warnings else 0
+    return 1 if told.strict and report.warnings else 0
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@ command is wrong.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 from flask.cli import AppGroup
 
-from gatekeeper.commands import Batch
 from gatekeeper.errors import StoreError
-from gatekeeper.ratelimit.rules import RateLimit, Rule, bounded, secret
+from gatekeeper.quotas import Known, known
+from gatekeeper.quotas import reset as restore
+from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import LimitSettings, store_scheme
-from gatekeeper.ticket import Ticket
 
 if TYPE_CHECKING:
     from gatekeeper_flask.home import Home
@@ -36,7 +35,7 @@ def group(home: Home) -> AppGroup:
 
         for one, why in sorted(covered(home), key=lambda entry: entry[0].route.path):
             methods = "|".join(sorted((one.route.methods or frozenset()) - {"HEAD", "OPTIONS"})) or "any method"
-            told = ", ".join(one.rules) or "nothing"
+            told = ", ".join(one.rules) or "no limit"
             click.echo(f"{methods} {one.route.path}: {told}{f' ({why})' if why else ''}")
         warnings = list(warned(home, workers or known_workers()))
         for warning in warnings:
@@ -63,23 +62,11 @@ def group(home: Home) -> AppGroup:
         Counters in memory are each process's own: those of a running server cannot be reached.
         """
         _needs_store(home)
-        found = [
-            *zip(home.keeper.gate.rules, home.keeper.settings.limits, strict=True),
-            *((one, settings) for one, _, settings in _of_places(home)),
-        ]
-        named = [(one, settings) for one, settings in found if one.name == rule]
-        if not named:
-            names = ", ".join(dict.fromkeys(one.name for one, _ in found))
-            _wrong(f"RULE: expected the name of a rule{': ' * bool(names)}{names}")
-        resets = []
-        for one, settings in named:
-            if len(settings.key) != len(key):
-                parts = ", ".join(part if isinstance(part, str) else "a function" for part in settings.key)
-                _wrong(f"KEY: expected {len(settings.key)}, one for each of: {parts}")
-            resets += [(limit, text) for limit in _limits(one) for text in _keys(home, settings, key)]
+        placed = (Known(one, settings) for one, _, settings in _of_places(home))
         try:
-            home.keeper.store.ask(Batch(resets=resets))
-            _probe(home, resets[0][0])
+            restore(home.keeper, [*known(home.keeper), *placed], rule, key)
+        except ValueError as error:
+            _wrong(str(error))
         except StoreError as error:
             _failed(error)
 
@@ -106,12 +93,6 @@ def _told(rule: Rule) -> str:
     return ", ".join(limit.policy for limit in rule.limits)
 
 
-def _limits(rule: Rule) -> Iterator[RateLimit]:
-    yield from rule.limits
-    for limits in rule.tiers.values():
-        yield from limits
-
-
 def _placed(home: Home) -> Iterator[tuple[Rule, str]]:
     """The limits of views, each with where it stands."""
     for rule, where, _ in _of_places(home):
@@ -125,58 +106,6 @@ def _of_places(home: Home) -> Iterator[tuple[Rule, str, LimitSettings]]:
         for place in (*home.places(route.endpoint), *home.extension.defaults(home.flask, route.endpoint)):
             rule = home.rule(place, route, "")
             yield rule, f"{template(route.rule)} ({route.endpoint})", place.guard.settings
-
-
-def _keys(home: Home, settings: LimitSettings, values: tuple[str, ...]) -> list[str]:
-    """The keys that a rule may have for these values: a part may have been missing, and an address in its place."""
-    if tuple(settings.key) == ("ip",):
-        return [_address(home, values[0])]
-    parts = []
-    for part, value in zip(settings.key, values, strict=True):
-        text = _address(home, value) if part == "ip" else _stored(part, value)
-        there = f"={text}" if len(values) == 1 else f"{len(text)}={text}|"
-        missing = f"@{_address(home, value)}{'' if len(values) == 1 else '|'}"
-        parts.append([there] if part == "ip" else [there, missing])
-    return [bounded("".join(key)) for key in product(*parts)]
-
-
-def _stored(part: object, value: str) -> str:
-    """A value as a key holds it: what is secret, only as a digest."""
-    is_secret = isinstance(part, str) and (
-        part == "api_key" or part.startswith("cookie:") or part.lower() == "header:authorization"
-    )
-    return (secret(value) or "") if is_secret else value
-
-
-class _Peer(Ticket):
-    """A request of which nothing is known but who sent it."""
-
-    method = path = ""
-    native = None
-
-    def __init__(self, peer: str) -> None:
-        self.peer = peer
-
-    def fields(self, name: str) -> list[str]:
-        return []
-
-    def field(self, name: str) -> str | None:
-        return None
-
-    def query(self) -> str:
-        return ""
-
-
-def _address(home: Home, text: str) -> str:
-    """An address by the name under which it is counted: that of its network, for IPv6."""
-    return home.keeper.gate.address(_Peer(text.partition("/")[0]))
-
-
-def _probe(home: Home, limit: RateLimit) -> None:
-    """Raises StoreError if the store does not answer: a batch without hits has no answer to tell it."""
-    for reply in home.keeper.store.ask(Batch([(limit, "", 0)], spend=False)):
-        if isinstance(reply, StoreError):
-            raise reply
 
 
 def _needs_store(home: Home) -> None:
