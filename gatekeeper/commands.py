@@ -345,9 +345,9 @@ async def arun(
         while True:
             question = steps.send(answer)
             if isinstance(question, Call):
-                answer = question.function(question.argument)
+                answer = _unwrapped(question.function(question.argument))
                 if isawaitable(answer):
-                    answer = await answer
+                    answer = _unwrapped(await answer)
             elif isinstance(question, Read):
                 answer = b"" if read is None else await read(question.most)
             elif isinstance(question, SessionCommand):
@@ -368,8 +368,19 @@ async def anobody(batch: Hits) -> NoReturn:
     raise AssertionError("asked of limits")
 
 
+def _unwrapped(answer: Any) -> Any:
+    """What a function of the user's returned; of Werkzeug's LocalProxy (as `current_user` is) what it stands for.
+
+    The proxy itself has an `__await__`, whatever it stands for, and is not None where it stands for None.
+    """
+    if answer.__class__ is type(answer):
+        return answer
+    current = getattr(answer, "_get_current_object", None)
+    return answer if current is None else current()
+
+
 def _call(question: Call) -> object:
-    answer = question.function(question.argument)
+    answer = _unwrapped(question.function(question.argument))
     if isawaitable(answer):
         close = getattr(answer, "close", None)
         if close is not None:

@@ -437,7 +437,16 @@ def user_app(user: Callable[..., Any], limits: list[dict[str, Any]] = USERS) -> 
     return app
 
 
-@pytest.mark.parametrize("user", [lambda: current_user or None, lambda ticket: str(current_user) or None])
+@pytest.mark.parametrize(
+    "user",
+    [
+        lambda: current_user or None,
+        lambda ticket: current_user or None,
+        lambda: LocalProxy(lambda: logged_in() or None),
+        lambda ticket: LocalProxy(lambda: logged_in() or None),
+        lambda ticket: str(current_user) or None,
+    ],
+)
 def test_the_user_of_a_login_extension_has_a_quota_wherever_he_comes_from(user: Callable[..., Any]) -> None:
     app = user_app(user)
     ada, bob = app.test_client(), app.test_client()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
+from werkzeug.local import LocalProxy
 
 from gatekeeper.commands import Call, Hits, Verdict, arun, run
 from gatekeeper.errors import StoreError
@@ -235,8 +237,23 @@ def test_run_refuses_an_asynchronous_function_and_leaves_no_coroutine_behind() -
         run(steps(), lambda batch: [])
 
 
+@pytest.mark.parametrize("value", ["ada", None, False, 7])
+def test_a_proxy_that_a_function_returns_is_what_it_stands_for(value: object) -> None:
+    async def proxy(request: object) -> Any:
+        return LocalProxy(lambda: value)
+
+    def steps(function: Any) -> Any:
+        return (yield Call(function, None))
+
+    async def never(batch: Hits) -> Any:
+        raise AssertionError
+
+    assert run(steps(lambda _: LocalProxy(lambda: value)), lambda batch: []) is value
+    assert asyncio.run(arun(steps(lambda _: LocalProxy(lambda: value)), never)) is value
+    assert asyncio.run(arun(steps(proxy), never)) is value
+
+
 def test_arun_awaits_asynchronous_functions_and_takes_others_as_they_are() -> None:
-    import asyncio
 
     async def user(request: object) -> str:
         return "ada"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from flask import Config
-from werkzeug.local import LocalProxy
 
 from gatekeeper import Gatekeeper as Keeper
 from gatekeeper.errors import SettingsError
@@ -120,8 +119,6 @@ def of_request(value: Any) -> Any:
         return asked_async
 
     def asked(ticket: object) -> Any:
-        answer = function()
-        # A proxy, such as Flask-Login's current_user, passes for whatever it might stand for.
-        return answer._get_current_object() if isinstance(answer, LocalProxy) else answer
+        return function()
 
     return asked
