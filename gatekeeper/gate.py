@@ -354,9 +354,9 @@ class Gate:
             try:
                 for kind, name in fields:
                     if kind == "json":
-                        answers[kind, name] = _folded(json_field(body, name))
+                        answers[kind, name] = folded(json_field(body, name))
                     else:
-                        answers[kind, name] = _folded(form_field(ticket.fields("content-type"), body, name))
+                        answers[kind, name] = folded(form_field(ticket.fields("content-type"), body, name))
             except AmbiguousField:
                 return 400
         return 0
@@ -687,7 +687,7 @@ def _reports(rules: Iterable[Rule]) -> dict[str, tuple[str, ...]]:
     return reports
 
 
-def _folded(text: str | None) -> str | None:
+def folded(text: str | None) -> str | None:
     """A field of the body as a key: to most applications `Bob` and `bob ` log in as the same."""
     if text is None:
         return None

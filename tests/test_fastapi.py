@@ -229,6 +229,32 @@ def test_what_the_middleware_charges_is_not_charged_again() -> None:
     assert ask(app, "/b", "/b", "/b", "/b", client=B) == [404, 404, 404, 429]
 
 
+def test_networks_that_are_never_limited_are_not_by_a_dependency_either(make: Make) -> None:
+    app = make({"access": {"allow": B[0]}})
+
+    @app.get("/", dependencies=[Depends(RateLimit("1/minute")), Depends(RateLimit(["2/minute", "5/hour"]))])
+    async def page() -> str:
+        return "page"
+
+    assert ask(app, *["/"] * 4, client=B) == [200] * 4
+    assert ask(app, *["/"] * 2) == [200, 429]
+
+
+def test_preflights_are_free_unless_the_limit_says_that_they_are_not(make: Make) -> None:
+    app = make()
+    asks = {"Origin": "https://shop.example", "Access-Control-Request-Method": "PUT"}
+    for path, more in (("/free", {}), ("/charged", {"preflights": True}), ("/two", {"name": "two"})):
+        limits = [
+            Depends(RateLimit("1/minute", **more)),
+            *([Depends(RateLimit("1/minute"))] if path == "/two" else []),
+        ]
+        app.add_api_route(path, lambda: "page", methods=["OPTIONS"], dependencies=limits)
+
+    for path, statuses in (("/free", [200] * 3), ("/charged", [200, 429, 429]), ("/two", [200] * 3)):
+        assert ask(app, *[path] * 3, method="OPTIONS", headers=asks) == statuses
+    assert ask(app, "/free", "/free", method="OPTIONS") == [200, 429]
+
+
 def test_a_limit_of_another_gatekeeper_stands_beside_the_middleware(clock: VirtualClock) -> None:
     outer, inner = Gatekeeper({"limits": [{"name": "all", "rate": "9/minute"}]}), Gatekeeper({})
     app = FastAPI(dependencies=[Depends(RateLimit("1/minute", name="own", keeper=inner))])
@@ -669,7 +695,9 @@ def test_a_key_may_be_a_field_of_the_body_which_the_endpoint_still_gets(bodies: 
     assert ask(bodies, "/json", method="POST", json={"user": {"name": "bob"}}) == [200]
     assert client.post("/form", data={"name": "ada"}).json() == ["ada"]
     assert ask(bodies, "/form", method="POST", client=B, data={"name": " ADA"}) == [429]
+    assert ask(bodies, "/form", method="POST", client=B, data={"name": "ＡＤＡ"}) == [429]
     assert client.post("/form", data={"name": "bob"}, files={"f": b"x"}).json() == ["bob"]
+    assert ask(bodies, "/form", method="POST", data={"name": "ｂｏｂ"}, files={"f": b"x"}) == [429]
     assert ask(bodies, "/form", method="POST", data={"name": ["a", "b"]}) == [400]
     assert client.post("/read", data={"name": "ada"}).json() == "name=ada"
     assert ask(bodies, "/read", method="POST", client=B, data={"name": "ada"}) == [429]

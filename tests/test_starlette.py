@@ -92,6 +92,16 @@ def test_a_function_is_limited_for_each_client_on_its_template(make: Make, endpo
     assert ask(app, "/item/1", "/item/1", "/item/1", client=B) == [200, 200, 429]
 
 
+@pytest.mark.parametrize("endpoint", [page, sync_page])
+def test_preflights_are_free_and_so_are_networks_that_are_never_limited(make: Make, endpoint: Any) -> None:
+    route = Route("/a", limit("1/minute")(endpoint), methods=["GET", "OPTIONS"])
+    app = make(route, settings={"access": {"allow": B[0]}})
+    asks = {"Origin": "https://shop.example", "Access-Control-Request-Method": "PUT"}
+    assert ask(app, *["/a"] * 3, method="OPTIONS", headers=asks) == [200] * 3
+    assert ask(app, *["/a"] * 3, client=B) == [200] * 3
+    assert ask(app, "/a", "/a") == [200, 429]
+
+
 def test_a_function_under_two_routes_has_two_quotas_unless_it_has_a_name(make: Make) -> None:
     for name, statuses in ((None, [200, 200, 429, 429]), ("own", [200, 429, 429, 429])):
         limited = limit("1/minute", name=name)(page)

@@ -22,7 +22,6 @@ from gatekeeper_fastapi.places import key_of, label_of, leaf_of, template_of, wi
 from gatekeeper_fastapi.tickets import (
     OwnTicket,
     charge,
-    charge_at_once,
     keeper_for,
     new_ticket,
     tell_error,
@@ -71,7 +70,7 @@ class RateLimit:
         elif self.keeper is not None or type(ticket) is OwnTicket:
             ticket = ticket_for(scope, self.keeper)
         gate = ticket.gate
-        if gate.off:
+        if gate.off or ticket.spared:
             return ticket  # type: ignore[no-any-return]
         key = scope.get("route")
         fastapi = scope.get("fastapi")
@@ -88,7 +87,8 @@ class RateLimit:
         ):
             place = self._find(scope, gate.keeper)
         rule, keeper = place.rule, place.keeper
-        if not ticket.rules and place.hit is not None and place.store is keeper.store:
+        may_be_free = ticket.method == "OPTIONS"  # as a preflight
+        if not ticket.rules and place.hit is not None and place.store is keeper.store and not may_be_free:
             # The usual case: the first limit of its request, one hit in memory.
             whose = ticket.address if rule.by_address else rule.key(ticket)
             verdict = place.hit(whose)
@@ -98,7 +98,7 @@ class RateLimit:
                 await charge(self.guard, ticket, rule, keeper, connection)
         elif rule in ticket.rules:
             return ticket  # type: ignore[no-any-return]
-        elif not place.is_plain or keeper.awaits or not charge_at_once(ticket, rule, keeper):
+        elif may_be_free or keeper.awaits or not gate.extend_at_once(ticket, rule, keeper.ask):
             await charge(self.guard, ticket, rule, keeper, connection)
         if type(ticket) is OwnTicket:
             if response.raw_headers:
@@ -127,9 +127,8 @@ class RateLimit:
         place.key, place.router, place.keeper = key, scope.get("router"), keeper
         place.rule = rule = self.guard.rule(keeper, label, template_of(leaf, key))
         place.rules, place.limit = (rule,), rule.limits[0]
-        place.is_plain = rule.is_plain and not rule.asks
         place.store = store = keeper.store
-        is_one = place.is_plain and len(rule.limits) == 1 and rule.cost == 1
+        is_one = rule.is_plain and not rule.asks and len(rule.limits) == 1 and rule.cost == 1
         place.hit = store.hitter(rule.limits[0]) if is_one and type(store) is MemoryStore else None
         place.dependant = None if scope["type"] == "websocket" else dependant
         if is_certain:
@@ -170,8 +169,6 @@ class _Place:
     __slots__ = (
         "dependant",
         "hit",
-        "is_handed_over",
-        "is_plain",
         "keeper",
         "key",
         "limit",
@@ -187,7 +184,6 @@ class _Place:
     rule: Rule
     rules: tuple[Rule]
     limit: RateLimitOfRule
-    is_plain: bool
     store: Store
     """What the Gatekeeper asked when this was made; tests give it another."""
 

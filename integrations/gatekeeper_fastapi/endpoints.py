@@ -25,7 +25,6 @@ from gatekeeper_fastapi.tickets import (
     RateLimited,
     WebSocketLimited,
     charge,
-    charge_at_once,
     limited_handler,
     refused,
     tell,
@@ -112,9 +111,9 @@ class _Post:
         if seen is None:
             return None
         ticket, rule, keeper = seen
-        is_plain = rule.is_plain and not rule.asks and not keeper.awaits
+        at_once = not keeper.awaits and ticket.method != "OPTIONS"  # which may be a preflight, and free
         # Of a function called again, as for each message of a WebSocket, only the last call is kept.
-        if not is_plain or rule in ticket.rules or not charge_at_once(ticket, rule, keeper):
+        if not at_once or rule in ticket.rules or not keeper.gate.extend_at_once(ticket, rule, keeper.ask):
             await charge(self.guard, ticket, rule, keeper, connection)
         return _ours(ticket)
 

@@ -14,6 +14,7 @@ from starlette.websockets import WebSocket, WebSocketState
 from gatekeeper.commands import arun, run
 from gatekeeper.decorators import Guard, limited
 from gatekeeper.errors import Limited
+from gatekeeper.gate import folded
 from gatekeeper.http.fields import Fields
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.keeper import Gatekeeper
@@ -112,28 +113,6 @@ def new_ticket(scope: Any, keeper: Gatekeeper) -> OwnTicket:
     made.keeper = keeper
     keeper.gate.identify(made)
     return made
-
-
-def charge_at_once(ticket: Ticket, rule: Rule, keeper: Gatekeeper) -> bool:
-    """Charge a request for a plain rule, whose store does not wait. False: it is refused, and nothing is spent.
-
-    This is `Guard.charge` without its generators, which take longer than all else.
-    """
-    key = ticket.address if rule.by_address else rule.key(ticket)
-    cost = rule.cost
-    limits = rule.limits
-    hits: Any = [(limits[0], key, cost)] if len(limits) == 1 else [(limit, key, cost) for limit in limits]
-    verdicts: Any = keeper.ask(hits)
-    for verdict in verdicts:
-        if not verdict.allowed:
-            return False
-    if ticket.hits:
-        ticket.rules = (*ticket.rules, rule)
-        ticket.hits = [*ticket.hits, *hits]
-        ticket.verdicts = [*ticket.verdicts, *verdicts]
-    else:
-        ticket.rules, ticket.hits, ticket.verdicts = (rule,), hits, verdicts
-    return True
 
 
 async def charge(guard: Guard, ticket: Ticket, rule: Rule, keeper: Gatekeeper, connection: HTTPConnection) -> None:
@@ -267,6 +246,6 @@ async def read_form(ticket: Ticket, rule: Rule, request: HTTPConnection) -> bool
         values = [value for value in form.getlist(name) if isinstance(value, str)] if kind == "form" else []
         if len(values) > 1:
             return False
-        answers[kind, name] = values[0].strip().casefold() if values else None
+        answers[kind, name] = folded(values[0]) if values else None
     ticket.answers = answers
     return True
