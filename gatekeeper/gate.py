@@ -224,6 +224,7 @@ class Gate:
         if not rules or self.off or ticket.spared:
             return 0
         if any(rule.asks for rule in rules):
+            ticket.waiting_rules = rules
             status = yield from self._ask(ticket, rules)
             if status:
                 return status
@@ -233,6 +234,14 @@ class Gate:
             return 0
         verdicts: Replies = yield hits
         return (yield from self._settle(ticket, rules, hits, verdicts))
+
+    def look(self, ticket: Ticket) -> Batch | None:
+        """What can be asked of a store while an admission waits for the user, spending nothing; None if nothing.
+
+        So that who is over the limit of an address costs no look-up of a user, where that is made known late.
+        """
+        rules = tuple(rule for rule in ticket.waiting_rules if rule.is_plain and not rule.asks)
+        return Batch(self._hits(ticket, rules), spend=False) if rules else None
 
     def extend_at_once(self, ticket: Ticket, rule: Rule, ask: Callable[[Hits], Replies]) -> bool:
         """`extend` by one plain rule, for a store that does not wait, as `admit_at_once` is `admit`.

@@ -98,6 +98,7 @@ class Ticket(Request):
     rules: tuple[Rule, ...] = ()
     hits: Sequence[Hit] = ()
     verdicts: Sequence[Verdict] = ()
+    waiting_rules: tuple[Rule, ...] = ()  # those that were to be asked when something had to be found out first
     # Whether `finish` has something to do.
     is_open: bool = False
     asked_user: bool = False

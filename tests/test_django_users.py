@@ -110,10 +110,15 @@ def test_what_a_user_is_refused_spends_nothing_of_the_rule_by_address(
         assert last["RateLimit"] == '"user";r=0;t=61', "of the three of the address one is left"
 
 
+@pytest.mark.parametrize("overrides", [{}, {"overrides": "none"}], ids=["side by side", "one in place of another"])
 def test_who_is_over_the_limit_of_his_address_is_refused_before_anybody_asks_who_he_is(
-    ada: Any, django_queries: list[str]
+    overrides: dict[str, str], ada: Any, django_queries: list[str]
 ) -> None:
-    policy = {"limits": [{"name": "ip", "rate": "2/minute"}, *by_user("9/minute")["limits"]]}
+    none = {"name": "none", "rate": "1/minute"}
+    policy = {
+        "limits": [none] * bool(overrides)
+        + [{"name": "ip", "rate": "2/minute", **overrides}, *by_user("9/minute")["limits"]]
+    }
     with site(path("", hello), policy=policy, middleware=BEFORE):
         one = of(ada)
         assert [one.get("/").status_code for _ in range(2)] == [200, 200]

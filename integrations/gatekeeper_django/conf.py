@@ -15,17 +15,13 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.utils.encoding import force_bytes
 
-from gatekeeper.commands import Batch
 from gatekeeper.errors import MissingExtra, SettingsError
-from gatekeeper.http.routes import Table
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.keys import hkdf
-from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import Settings, is_asynchronous, load_settings
 from gatekeeper.settings.keys import KeySettings
 from gatekeeper.settings.session import SessionSettings
 from gatekeeper.settings.values import LONGEST_NS
-from gatekeeper.ticket import Ticket
 from gatekeeper_django.requests import user_of
 
 SETTING: Final = "GATEKEEPER"
@@ -48,29 +44,14 @@ class Policy:
     - `slides`: whether a session lives on because it is read; Django's own do only when they are changed
     """
 
-    __slots__ = ("_early", "bans", "keeper", "needs_user", "slides")
+    __slots__ = ("bans", "keeper", "needs_user", "slides")
 
     def __init__(self, keeper: Gatekeeper) -> None:
         self.keeper = keeper
         rules = [rule for rule in keeper.gate.rules if not rule.messages]
         self.bans = any(rule.penalty is not None for rule in rules)
         self.needs_user = keeper.settings.identity.user is user_of and any(rule.needs_user for rule in rules)
-        # Of rules that override others it cannot be told beforehand which apply.
-        plain = [rule for rule in rules if rule.is_plain and not rule.asks]
         self.slides = keeper.settings.session is not None and "idle" in keeper.settings.session.model_fields_set
-        overriding = any(rule.overrides for rule in rules)
-        self._early: Table[Rule] = Table((rule.pattern, rule) for rule in ([] if overriding else plain))
-
-    def look(self, ticket: Ticket) -> Batch | None:
-        """What can be asked before the user is known, spending nothing; None if there is nothing.
-
-        So that who is over the limit of an address costs no look-up of a user.
-        """
-        rules = self._early.match(ticket)
-        if not rules or ticket.method == "OPTIONS":
-            return None
-        hits = [(limit, rule.key(ticket), rule.cost) for rule in rules for limit in rule.limits]
-        return Batch(hits, spend=False)  # type: ignore[arg-type]  # a plain rule's cost is a number
 
     def require(self, *, awaiting: bool) -> None:
         """Raises ImproperlyConfigured if the policy cannot be carried out so."""

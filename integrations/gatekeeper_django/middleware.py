@@ -161,7 +161,7 @@ class GatekeeperMiddleware:
         if question is None:
             return status
         if isinstance(question, Call) and question.function is user_of:
-            look = now.look(ticket)
+            look = now.keeper.gate.look(ticket)
             if look is None or _all_allowed(now.keeper.ask(look)):
                 ticket.steps, ticket.question = steps, question
                 return 0
@@ -174,7 +174,7 @@ class GatekeeperMiddleware:
         if question is None:
             return status
         if isinstance(question, Call) and question.function is user_of:
-            look = now.look(ticket)
+            look = now.keeper.gate.look(ticket)
             if look is None or _all_allowed(await now.keeper.aask(look)):
                 ticket.steps, ticket.question = steps, question
                 return 0
