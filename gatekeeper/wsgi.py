@@ -77,48 +77,11 @@ class GatekeeperMiddleware:
         return body
 
 
-class _Ticket(EnvironRequest, Ticket):
-    """A ticket that what the application answers goes through, on its way out."""
-
-    blocking = True
-
-    refusal: Sequence[bytes] = ()
-    """The body in place of the application's, once `replaced`."""
+class EnvironTicket(EnvironRequest, Ticket):
+    """A ticket of a WSGI request: what it reads of the body, the application is given all the same."""
 
     start_response: StartResponse
     """The server's."""
-
-    def start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
-        """The `start_response` that the application is given."""
-        if self.replaced:
-            return _discard
-        self.sent = int(status[:3])
-        if self.sent >= 500 and self.limited is not None and (limited := self.limited()) is not None:
-            # The application took a decorator's refusal for a fault of its own; we know better.
-            self.replace(self.gate.refusal(self, limited.verdict), *exc_info)
-            return _discard
-        if self.gate.reports:
-            headers = self._heed(headers)
-        fields = [(name.decode(), value.decode()) for name, value in self.gate.respond(self)]
-        if self.session is not None:
-            saved = self.save()
-            if saved is None:
-                self.replace(self.gate.refusal(self), *exc_info)
-                return _discard
-            fields += saved
-        write = self.start_response(status, headers + fields, *exc_info)
-        return self._counted(write) if self.is_open else write
-
-    def save(self) -> list[tuple[str, str]] | None:
-        """Write the session: the fields to add. None if its store does not answer, and that is to be told."""
-        assert self.session is not None
-        if self.sent >= 500 and self.session.failure is not None:
-            self.refused = 503  # the application took the store's fault for its own
-            return None
-        try:
-            return [(name.decode(), value.decode()) for name, value in run(self.gate.save(self), nobody)]
-        except StoreError:
-            return None
 
     def read(self, most: int) -> bytes | None:
         """The body, None if it is longer; the application is given it all the same."""
@@ -139,12 +102,53 @@ class _Ticket(EnvironRequest, Ticket):
         environ["wsgi.input"] = io.BufferedReader(_Replayed(head, source, left - len(head)))
         return head if len(head) <= most else None
 
-    def _heed(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def heed(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """A response's fields without those that tell us what it has cost."""
         for name, value in headers:
             if name.lower() in self.gate.reports:
                 self.gate.report(self, name.lower(), value)
         return [(name, value) for name, value in headers if name.lower() not in self.gate.reports]
+
+
+class _Ticket(EnvironTicket):
+    """A ticket that what the application answers goes through, on its way out."""
+
+    blocking = True
+
+    refusal: Sequence[bytes] = ()
+    """The body in place of the application's, once `replaced`."""
+
+    def start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
+        """The `start_response` that the application is given."""
+        if self.replaced:
+            return _discard
+        self.sent = int(status[:3])
+        if self.sent >= 500 and self.limited is not None and (limited := self.limited()) is not None:
+            # The application took a decorator's refusal for a fault of its own; we know better.
+            self.replace(self.gate.refusal(self, limited.verdict), *exc_info)
+            return _discard
+        if self.gate.reports:
+            headers = self.heed(headers)
+        fields = [(name.decode(), value.decode()) for name, value in self.gate.respond(self)]
+        if self.session is not None:
+            saved = self.save()
+            if saved is None:
+                self.replace(self.gate.refusal(self), *exc_info)
+                return _discard
+            fields += saved
+        write = self.start_response(status, headers + fields, *exc_info)
+        return self._counted(write) if self.is_open else write
+
+    def save(self) -> list[tuple[str, str]] | None:
+        """Write the session: the fields to add. None if its store does not answer, and that is to be told."""
+        assert self.session is not None
+        if self.sent >= 500 and self.session.failure is not None:
+            self.refused = 503  # the application took the store's fault for its own
+            return None
+        try:
+            return [(name.decode(), value.decode()) for name, value in run(self.gate.save(self), nobody)]
+        except StoreError:
+            return None
 
     def _counted(self, write: Callable[[bytes], object]) -> Callable[[bytes], object]:
         def counted(data: bytes) -> object:

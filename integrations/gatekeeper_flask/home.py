@@ -11,33 +11,27 @@ answer if it has any, and its `after_request` functions see it.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from flask import Blueprint, Flask, request
 from werkzeug.routing import Rule as Route
 from werkzeug.security import safe_join
-from werkzeug.wsgi import get_input_stream
 
 from gatekeeper import Gatekeeper as Keeper
 from gatekeeper.commands import Call, Question, Steps, run
 from gatekeeper.decorators import CURRENT, IN_USE
 from gatekeeper.errors import Limited, SettingsError
 from gatekeeper.gate import Gate
-from gatekeeper.http.message import EnvironRequest
 from gatekeeper.ratelimit.rules import RateLimit, Rule
 from gatekeeper.settings import LimitSettings, ResponseSettings, is_asynchronous
-from gatekeeper.ticket import Refusal, Ticket
+from gatekeeper.ticket import Refusal
+from gatekeeper.wsgi import App, Environ, EnvironTicket, StartResponse
 from gatekeeper_flask.errors import error_of
 
 if TYPE_CHECKING:
     from gatekeeper_flask.extension import Gatekeeper, Place
-
-Environ: TypeAlias = dict[str, Any]
-StartResponse: TypeAlias = Callable[..., Callable[[bytes], object]]
-App: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 MOST_PREFIXES: Final = 64
 """So many mount points of an application are told apart: a client may be able to make some up."""
@@ -59,7 +53,7 @@ class Texts(dict[RateLimit, tuple[str, tuple[str, str]] | None]):
         return told
 
 
-class FlaskTicket(EnvironRequest, Ticket):
+class FlaskTicket(EnvironTicket):
     """A ticket that what Flask answers goes through, on its way out.
 
     - `waiting`: whether the request is still to be decided, or its refusal to be raised
@@ -68,11 +62,9 @@ class FlaskTicket(EnvironRequest, Ticket):
     """
 
     home: Home
-    start_response: StartResponse
     waiting: bool = False
     steps: Steps[int] | None = None
     question: Question | None = None
-    head: bytes | None = None
     told: Refusal | None = None
     body: Iterable[bytes] = ()
 
@@ -91,7 +83,7 @@ class FlaskTicket(EnvironRequest, Ticket):
             self.replace(self.gate.refusal(self, limited.verdict), exc_info)
             return _discard
         if self.is_open and self.gate.reports:
-            headers = self._heed(headers)
+            headers = self.heed(headers)
         if self.told is not None and code == self.told.status:
             headers = headers + self._missing(headers)
         elif len(self.hits) == 1 and (texts := self.home.texts[self.hits[0][0]]):  # type: ignore[index]  # a gate asks only of RateLimits
@@ -115,30 +107,12 @@ class FlaskTicket(EnvironRequest, Ticket):
             self.native, lambda status, headers: self.start_response(status, headers, *more)
         )
 
-    def read(self, most: int) -> bytes | None:
-        """The body, None if it is longer; the application is given it all the same."""
-        if self.head is None:
-            source = get_input_stream(self.native)
-            head = b""
-            while len(head) <= most and (piece := source.read(most + 1 - len(head))):
-                head += piece
-            self.head = head
-            self.native["wsgi.input"] = io.BufferedReader(_Replayed(head, source))
-        return self.head if len(self.head) <= most else None
-
     def _missing(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The fields of a refusal that an error handler has left out. Those of its body are its own affair."""
         assert self.told is not None
         there = {name.lower() for name, _ in headers} | {"content-type", "content-length"}
         fields = [_text(field) for field in self.told.fields]
         return [(name, value) for name, value in fields if name.lower() not in there]
-
-    def _heed(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """A response's fields without those that tell us what it has cost."""
-        for name, value in headers:
-            if name.lower() in self.gate.reports:
-                self.gate.report(self, name.lower(), value)
-        return [(name, value) for name, value in headers if name.lower() not in self.gate.reports]
 
 
 class Home:
@@ -451,26 +425,6 @@ class _Body:
             raise
         finally:
             CURRENT.reset(token)
-
-
-class _Replayed(io.RawIOBase):
-    """A body whose beginning was read already."""
-
-    def __init__(self, head: bytes, source: Any) -> None:
-        self._head = head
-        self._source = source
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        size = len(buffer)
-        if self._head:
-            piece, self._head = self._head[:size], self._head[size:]
-        else:
-            piece = self._source.read(size)
-        buffer[: len(piece)] = piece
-        return len(piece)
 
 
 def _text(field: tuple[bytes, bytes]) -> tuple[str, str]:
