@@ -227,6 +227,20 @@ class TestReading:
         assert [one["sub"] for one in found] == ["ada"] * 16
         assert issuer.requests == 1
 
+    def test_one_reading_goes_on_at_a_time_however_long_it_takes(
+        self, issuer: Issuer, read: Reader, clock: Clock
+    ) -> None:
+        gate = threading.Event()
+        issuer.answer = lambda handler: send(handler, 503, b"") if gate.wait(10) else None
+        reading = read.source.begin()
+        assert reading is not None
+        for _ in range(5):
+            clock.now += PAUSE
+            assert read.source.begin() is reading
+        gate.set()
+        read.settle()
+        assert issuer.requests == 1
+
     def test_keys_are_read_again_after_a_while_and_nobody_waits_for_it(
         self, issuer: Issuer, read: Reader, clock: Clock
     ) -> None:

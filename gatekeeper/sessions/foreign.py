@@ -123,15 +123,13 @@ class ForeignTokens:
         source = self._source
         if source.is_old():
             yield Call(source.begin, None)
-        keys = source.keys
         try:
             try:
                 return self.open(token, now)
             except UnknownKey:
                 if source.is_due():
                     yield Call(source.refresh if blocking else source.arefresh, None)
-                elif source.keys is keys:  # else they were read since, for somebody else
-                    raise
+            # Though nothing is due: they may have been read just now, for somebody else.
             return self.open(token, now)
         except TokenError as error:
             self.counts[error.reason] += 1
