@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import io
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -12,9 +11,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, unquote_to_bytes
-from wsgiref.util import setup_testing_defaults
-from wsgiref.validate import validator
 
 import django
 from django.conf import settings
@@ -27,7 +23,8 @@ from django.urls import re_path
 
 import gatekeeper_django
 from gatekeeper.commands import Store
-from tests.scenarios import Answer, Ask, Response
+from tests.scenarios import Answer
+from tests.servers import ask_asgi, ask_wsgi
 
 MIDDLEWARE: Final = "gatekeeper_django.GatekeeperMiddleware"
 SESSIONS: Final = (
@@ -130,7 +127,7 @@ def django_wsgi(policy: Mapping[str, Any], store: Store) -> Iterator[Answer]:
     urls = Urls([re_path("^", _view)])
     with override_settings(GATEKEEPER=policy, MIDDLEWARE=[MIDDLEWARE], ROOT_URLCONF=urls):
         gatekeeper_django.keeper().use(store)
-        handler = validator(WSGIHandler())
+        handler = WSGIHandler()
 
         yield lambda ask: ask_wsgi(handler, ask)
 
@@ -144,66 +141,3 @@ def django_asgi(policy: Mapping[str, Any], store: Store) -> Iterator[Answer]:
         handler = ASGIHandler()
 
         yield lambda ask: asyncio.run(ask_asgi(handler, ask))
-
-
-def _cgi_name(name: str) -> str:
-    name = name.upper().replace("-", "_")
-    return name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
-
-
-def ask_wsgi(handler: Any, ask: Ask) -> Response:
-    """What a WSGI application answers."""
-    path, _, query = ask.raw.partition("?")
-    environ: dict[str, Any] = {
-        "REQUEST_METHOD": ask.method,
-        "SCRIPT_NAME": "",
-        "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
-        "QUERY_STRING": query,
-        "wsgi.input": io.BytesIO(ask.body),
-        **{_cgi_name(name): value for name, value in ask.headers},
-    }
-    if ask.peer is not None:
-        environ["REMOTE_ADDR"] = ask.peer
-    setup_testing_defaults(environ)
-    heads: list[tuple[str, list[tuple[str, str]]]] = []
-
-    def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-        heads.append((status, headers))
-        return lambda data: None
-
-    body = handler(environ, start_response)
-    content = b"".join(body)
-    if hasattr(body, "close"):
-        body.close()
-    ((status, headers),) = heads
-    # Django writes cookies with a space of its own before them.
-    return Response(int(status[:3]), [(name, value.strip()) for name, value in headers], content)
-
-
-async def ask_asgi(handler: Any, ask: Ask) -> Response:
-    """What an ASGI application answers."""
-    path, _, query = ask.raw.partition("?")
-    scope = {
-        "type": "http",
-        "method": ask.method,
-        "path": unquote(path),
-        "raw_path": path.encode(),
-        "query_string": query.encode(),
-        "headers": [(name.lower().encode(), value.encode()) for name, value in ask.headers],
-        "client": None if ask.peer is None else (ask.peer, 1234),
-    }
-    sent: list[Any] = []
-    pieces = [ask.body[at : at + 9000] for at in range(0, len(ask.body), 9000)] or [b""]
-
-    async def receive() -> Any:
-        if pieces:
-            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
-        return await asyncio.Future()  # the client stays
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await handler(scope, receive, send)
-    start, *bodies = sent
-    headers = [(name.decode(), value.decode()) for name, value in start["headers"]]
-    return Response(start["status"], headers, b"".join(message["body"] for message in bodies if "body" in message))

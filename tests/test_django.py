@@ -9,8 +9,6 @@ from tests.django_home import (  # first: Django wants its settings
     MIDDLEWARE,
     AsyncClientAt,
     Urls,
-    ask_asgi,
-    ask_wsgi,
 )
 
 # isort: split
@@ -41,6 +39,7 @@ from gatekeeper import Gatekeeper, SettingsError
 from gatekeeper.testing import VirtualClock, aassert_limited, assert_limited, disabled, virtual
 from gatekeeper_django import GatekeeperMiddleware, Limited, limit
 from tests.scenarios import A, Ask, B
+from tests.servers import ask_asgi, ask_wsgi
 
 JSON = "application/problem+json"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import re
 import socket
@@ -12,8 +11,6 @@ from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPResponse
 from typing import Any, Final, Self, TypeVar, cast
-from urllib.parse import unquote, unquote_to_bytes
-from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
 import pytest
@@ -21,7 +18,7 @@ import uvloop
 
 from gatekeeper import Gatekeeper, Limiter
 from gatekeeper.asgi import GatekeeperMiddleware as AsgiMiddleware
-from gatekeeper.asgi import Message, Receive, Scope, Send
+from gatekeeper.asgi import Receive, Scope, Send
 from gatekeeper.commands import Store
 from gatekeeper.gateway.worker import front_of
 from gatekeeper.proxy.listener import Listener
@@ -31,6 +28,7 @@ from tests.django_home import django_asgi, django_wsgi
 from tests.fastapi_home import fastapi, starlette
 from tests.flask_home import flask, flask_deferring
 from tests.scenarios import SCENARIOS, Answer, Ask, Home, Response, Scenario, Then
+from tests.servers import ask_asgi, ask_wsgi
 
 COOKIES = [("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
 
@@ -56,36 +54,7 @@ def asgi(settings: Mapping[str, Any], store: Store) -> Iterator[Answer]:
 
     middleware = AsgiMiddleware(app, Gatekeeper(settings, store=store))
 
-    def answer(ask: Ask) -> Response:
-        path, _, query = ask.raw.partition("?")
-        scope = {
-            "type": "http",
-            "method": ask.method,
-            "path": unquote(path),
-            "raw_path": path.encode(),
-            "query_string": query.encode(),
-            "headers": [(name.lower().encode(), value.encode()) for name, value in ask.headers],
-            "client": None if ask.peer is None else (ask.peer, 1234),
-        }
-        sent: list[Message] = []
-
-        pieces = [ask.body[at : at + 9000] for at in range(0, len(ask.body), 9000)] or [b""]
-
-        async def receive() -> Message:
-            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        asyncio.run(middleware(scope, receive, send))
-        start, *bodies = sent
-        assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * len(
-            bodies
-        )
-        headers = [(name.decode(), value.decode()) for name, value in start["headers"]]
-        return Response(start["status"], headers, b"".join(message["body"] for message in bodies))
-
-    yield answer
+    yield lambda ask: asyncio.run(ask_asgi(middleware, ask))
 
 
 @contextmanager
@@ -99,41 +68,10 @@ def wsgi(settings: Mapping[str, Any], store: Store) -> Iterator[Answer]:
         start_response(f"{status} Answer", headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [b"o", b"k"]
 
-    # validate on both sides: what we ask of the application, and what we answer to the server
-    middleware = validator(WsgiMiddleware(validator(app), Gatekeeper(settings, store=store)))
+    # What we ask of the application is checked, as what we answer to the server is.
+    middleware = WsgiMiddleware(validator(app), Gatekeeper(settings, store=store))
 
-    def answer(ask: Ask) -> Response:
-        path, _, query = ask.raw.partition("?")
-        environ: dict[str, Any] = {
-            "REQUEST_METHOD": ask.method,
-            "SCRIPT_NAME": "",
-            "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
-            "QUERY_STRING": query,
-            "wsgi.input": io.BytesIO(ask.body),
-            **{cgi_name(name): value for name, value in ask.headers},
-        }
-        if ask.peer is not None:
-            environ["REMOTE_ADDR"] = ask.peer
-        setup_testing_defaults(environ)
-        heads: list[tuple[str, list[tuple[str, str]]]] = []
-
-        def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            heads.append((status, headers))
-            return lambda data: None
-
-        body = middleware(environ, start_response)
-        content = b"".join(body)
-        body.close()  # type: ignore[attr-defined]
-        ((status, headers),) = heads
-        return Response(int(status[:3]), headers, content)
-
-    yield answer
-
-
-def cgi_name(name: str) -> str:
-    """The key of a field in a WSGI environ."""
-    name = name.upper().replace("-", "_")
-    return name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
+    yield lambda ask: ask_wsgi(middleware, ask)
 
 
 class Service(asyncio.Protocol):
