@@ -493,6 +493,50 @@ class TestPool:
             Pool("api", [], POLICIES[name])
         with pytest.raises(ValueError, match=r"^pool api: expected each id once: 'a' is there twice$"):
             Pool("api", [Upstream("a"), Upstream("b"), Upstream("a", port=81)], POLICIES[name])
+        with pytest.raises(ValueError, match=r"^pool api: expected at least one upstream that does not drain$"):
+            Pool("api", [Upstream("a", drains=True)], POLICIES[name])
+
+    @each_policy
+    def test_one_that_drains_is_chosen_never_and_kept_first(self, name: str) -> None:
+        """Not by weight, not when the others are ejected; only by who is pinned to it."""
+        pool = Pool("api", [Upstream("a", drains=True, weight=1000), Upstream("b"), Upstream("c")], POLICIES[name])
+        for ejected in ("", "b", "c"):
+            for upstream in pool.upstreams:
+                if upstream.id == ejected:
+                    eject(upstream)
+            for draw in evenly(8):
+                assert "a" not in names(pool.choose("k", 0, draw))
+                assert names(pool.keep("a", "k", 0))[0] == "a"
+
+    @settings(max_examples=150)
+    @given(
+        st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.booleans()), min_size=1, max_size=6),
+        st.integers(0, 6),
+        st.text(max_size=5),
+    )
+    def test_what_is_kept_is_ones_own_and_then_the_ring_filtered(
+        self, drawn: list[tuple[int, bool, bool]], place: int, key: str
+    ) -> None:
+        """Against the plain reading: own first, then the owners on the ring that do not drain, those that can serve."""
+        upstreams = [
+            Upstream(f"u{n}", max_in_flight=2, drains=drains and n > 0) for n, (_, _, drains) in enumerate(drawn)
+        ]
+        pool = Pool("api", upstreams, RoundRobin, RingOrder)
+        for upstream, (in_flight, ejected, _) in zip(upstreams, drawn, strict=True):
+            upstream.in_flight = in_flight
+            if ejected:
+                eject(upstream)
+        by_id = {one.id: one for one in upstreams}
+        own = by_id.get(f"u{place}")
+        owners = Ring([one.id for one in upstreams if not one.drains]).owners(key)
+        order = [*([own] if own else []), *(by_id[id] for id in owners if by_id[id] is not own)]
+        healthy = [one for one in order if one.health.is_healthy]
+        assert list(pool.keep(f"u{place}", key, 0)) == [one for one in healthy or order if one.in_flight < 2]
+        strict = [own] if own and own.health.is_healthy and own.in_flight < 2 else []
+        assert list(pool.keep(f"u{place}", key, 0, strict=True)) == strict
+        assert pool.is_merely_full(f"u{place}", 0) is (
+            own is not None and own.in_flight == 2 and own.health.is_healthy
+        )
 
 
 class TestUpstream:
@@ -519,13 +563,18 @@ class TestUpstream:
                 Upstream("b", path="/run/b.sock", weight=2, max_in_flight=9),
                 "<Upstream b, http+unix:///run/b.sock, weight 2, 0 of 9 in flight, healthy>",
             ),
+            (Upstream("c", drains=True), "<Upstream c, http://localhost, 0 in flight, drains, healthy>"),
         ],
     )
     def test_its_repr_says_all_that_matters(self, upstream: Upstream, told: str) -> None:
         assert repr(upstream) == told
         eject(upstream)
         assert repr(upstream) == told.replace("healthy", "ejected")
-        assert repr(Pool("api", [upstream], RoundRobin)) == f"<Pool api: RoundRobin of [{upstream!r}]>"
+        other = Upstream("z")
+        assert (
+            repr(Pool("api", [upstream, other], RoundRobin))
+            == f"<Pool api: RoundRobin of [{upstream!r}, {other!r}]>"
+        )
 
     def test_wrong_values_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"^expected an id that is not empty$"):
