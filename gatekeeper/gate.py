@@ -38,6 +38,7 @@ from gatekeeper.ticket import Charge, Refusal, Ticket, tightness
 from gatekeeper.upstreams.pool import Pool, Upstream
 
 if TYPE_CHECKING:
+    from gatekeeper.affinity import Affinity
     from gatekeeper.sessions.flow import Sessions
     from gatekeeper.sessions.vouchers import Vouchers
 
@@ -69,7 +70,7 @@ class Destination(NamedTuple):
     """Where a route leads: a pool, by what its policy hashes requests, and how long it is waited for (seconds).
 
     `by_user` tells that the user has to be asked for: the key is made of it, or the upstreams are told; `vouches`,
-    that they are.
+    that they are. `affinity`: how clients keep to their upstreams, if they do.
     """
 
     pool: Pool
@@ -80,6 +81,7 @@ class Destination(NamedTuple):
     read_timeout: float
     idle_timeout: float
     vouches: bool = False
+    affinity: Affinity | None = None
 
 
 class Gate:
@@ -93,13 +95,16 @@ class Gate:
     - `most_body`: so many bytes of a body are read for the fields that rules count by
     - `failures`: how often a rule was decided without its store, by "rule:policy"
     - `shadowed`: how often a rule in shadow mode would have refused, by its name
+    - `unpinned`: how often a pin was not kept, by "pool:why": forged, expired, foreign, repeated; full; or moved
+      (its upstream is ejected, gone, or did not answer)
     - `off`: whether nothing is charged, not even by decorators
     """
 
     __slots__ = (
         "_access", "_always", "_asks", "_claims", "_direct", "_hashes_user", "_identity", "_leases", "_manner",
         "_messages", "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "failures", "keeper",
-        "off", "reads_body", "reports", "route", "rules", "sessions", "shadowed", "vouchers", "vouching",
+        "off", "pin_cookies", "pin_fields", "reads_body", "reports", "route", "rules", "sessions", "shadowed",
+        "unpinned", "vouchers", "vouching",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +124,12 @@ class Gate:
         self.rules = tuple(rules)
         self.failures: Counter[str] = Counter()
         self.shadowed: Counter[str] = Counter()
+        self.unpinned: Counter[str] = Counter()
+        pinning = [one.affinity for _, one in routes if one.affinity is not None]
+        self.pin_cookies = frozenset(one.cookie for one in pinning if one.cookie is not None)
+        """The cookies that hold pins, of all pools: no upstream sees them."""
+        self.pin_fields = frozenset(one.field for one in pinning if one.field is not None)
+        """The fields of requests that do, in lower case."""
         self.off = False
         self.sessions: Sessions | None = None
         """What is remembered of clients."""
@@ -450,7 +461,32 @@ class Gate:
     def choose(self, ticket: Ticket, destination: Destination, now: int, draw: float) -> Iterator[Upstream]:
         """The upstreams to turn to, in order of preference. `now` in nanoseconds; `draw` is from [0, 1)."""
         key = ticket.address if destination.key is None else destination.key(ticket) or ticket.address
-        return destination.pool.choose(key, now, draw)
+        pool, affinity = destination.pool, destination.affinity
+        if affinity is None:
+            return pool.choose(key, now, draw)
+        held = ticket.held = affinity.read(ticket)
+        if held.fault is not None:
+            self.unpinned[f"{pool.name}:{held.fault}"] += 1
+        if held.pin is None:
+            return pool.choose(key, now, draw)
+        if pool.is_merely_full(held.pin.id, now):
+            ticket.held = held._replace(stays=True)
+            self.unpinned[f"{pool.name}:full"] += 1
+        return pool.keep(held.pin.id, key, now, strict=affinity.strict)
+
+    def pin(self, ticket: Ticket, destination: Destination, upstream: Upstream, *, ends: bool) -> Fields:
+        """The fields that tell a client that it keeps to the upstream that answered; none where that is no news.
+
+        `ends`: whether the application says that it need not any more.
+        """
+        held, affinity = ticket.held, destination.affinity
+        if held is None or affinity is None:
+            return []
+        if ends:
+            return affinity.ended(held)
+        if held.pin is not None and held.pin.id != upstream.id and not held.stays:
+            self.unpinned[f"{destination.pool.name}:moved"] += 1
+        return affinity.kept(held, upstream.id)
 
     def respond(self, ticket: Ticket) -> Fields:
         """The fields to add to a response, before its head is sent.

@@ -17,6 +17,7 @@ from gatekeeper.ratelimit.rates import MOST
 from gatekeeper.ratelimit.rules import RateLimit, Rule
 
 if TYPE_CHECKING:
+    from gatekeeper.affinity import Held
     from gatekeeper.sessions.state import Session
 
 
@@ -92,6 +93,7 @@ class Ticket(Request):
     ended: bool = False
     session: Session | None = None
     blocking: bool = False  # whether the home of the request may wait for a store
+    held: Held | None = None  # the pin that came, where the pool has affinity
     spared: bool = False  # of a network that is never limited
     replaced: bool = False  # our refusal stands in place of the application's response
     # Rules, hits and verdicts in the order they were asked: a hit for each rate of each rule.
