@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast
 from weakref import WeakSet
 
 from gatekeeper import decorators
+from gatekeeper.affinity import Affinity, Pins
 from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, Verdict, arun, run
 from gatekeeper.errors import SettingsError, StoreError
 from gatekeeper.gate import Access, Destination, Gate
@@ -93,7 +94,7 @@ class Gatekeeper:
         self._leases = Leases(self._ask)
         self.keys = Keys(self.settings.keys, _LOG.warning) if self.settings.keys else None
         """The ring of the settings' keys; None without any."""
-        self.gate = self._gate = _gate(self.settings, self._files, self._leases, workers)
+        self.gate = self._gate = _gate(self.settings, self._files, self._leases, workers, self._ring)
         self.gate.keeper = self
         self.sessions: UserSessions | None = None
         """The sessions of users; None without `[session]`."""
@@ -163,7 +164,8 @@ class Gatekeeper:
         elif not self.gate.off:
             self.gate = Gate((), _identity(self.settings.identity), manner=Manner(fields=False))
             self.gate.off, self.gate.keeper, self.gate.route = True, self, self._gate.route
-            self.gate.sessions = self._gate.sessions
+            self.gate.sessions, self.gate.unpinned = self._gate.sessions, self._gate.unpinned
+            self.gate.pin_cookies, self.gate.pin_fields = self._gate.pin_cookies, self._gate.pin_fields
 
     def finish(self, ticket: Ticket) -> None:
         """End a request or a call: once, when its outcome is known. The ticket's `sent` and `ended` tell it."""
@@ -366,7 +368,9 @@ def _limits(gate: Gate) -> Iterator[RateLimit]:
             yield rule.penalty
 
 
-def _gate(settings: Settings, files: NetworkFiles, leases: Leases, workers: int) -> Gate:
+def _gate(
+    settings: Settings, files: NetworkFiles, leases: Leases, workers: int, ring: Callable[[str], Ring]
+) -> Gate:
     scopes = Counter(limit.scope for limit in settings.limits if limit.scope)
     rules = [
         rule_of(
@@ -380,7 +384,7 @@ def _gate(settings: Settings, files: NetworkFiles, leases: Leases, workers: int)
         )
         for place, limit in enumerate(settings.limits)
     ]
-    destinations = {name: _destination(name, pool) for name, pool in settings.pools.items()}
+    destinations = {name: _destination(name, pool, ring) for name, pool in settings.pools.items()}
     routes = [(Pattern(route.match), destinations[route.pool]) for route in settings.routes]
     access = settings.access
     return Gate(
@@ -410,27 +414,45 @@ def _manner(settings: ResponseSettings) -> Manner:
     )
 
 
-def _destination(name: str, settings: PoolSettings) -> Destination:
+def _destination(name: str, settings: PoolSettings, ring: Callable[[str], Ring]) -> Destination:
     upstreams = [_upstream(upstream, settings) for upstream in settings.upstreams]
     policy = POLICIES[settings.policy] if isinstance(settings.policy, str) else settings.policy
-    if policy is RingOrder:
-        policy = partial(RingOrder, vnodes=settings.vnodes)
+    by_ring = partial(RingOrder, vnodes=settings.vnodes)
+    affinity = _affinity(name, settings, ring)
+    fallback = None if policy is RingOrder or affinity is None else by_ring
     try:
-        pool = Pool(name, upstreams, policy)
+        pool = Pool(name, upstreams, by_ring if policy is RingOrder else policy, fallback)
     except Exception as error:  # of a class of the user's own: the rest was checked
         raise SettingsError(
             [f"pools.{name}.policy: expected a policy; making it of the upstreams raised {type(error).__name__}"]
         ) from None
+    has_key = pool.needs_key or affinity is not None
     return Destination(
         pool,
-        part(settings.key) if pool.needs_key else None,
-        settings.pass_identity
-        or (pool.needs_key and (settings.key == "user" or settings.key.startswith("claim:"))),
+        part(settings.key) if has_key else None,
+        settings.pass_identity or (has_key and (settings.key == "user" or settings.key.startswith("claim:"))),
         settings.connect_timeout / 1e9,
         settings.response_timeout / 1e9,
         settings.read_timeout / 1e9,
         settings.idle_timeout / 1e9,
         settings.pass_identity,
+        affinity,
+    )
+
+
+def _affinity(name: str, pool: PoolSettings, ring: Callable[[str], Ring]) -> Affinity | None:
+    settings = pool.affinity
+    if settings is None:
+        return None
+    ids = [upstream.id for upstream in pool.upstreams]
+    return Affinity(
+        Pins(ring(f"pools.{name}.affinity"), name, ids, -(-settings.ttl // NS)),
+        cookie=settings.cookie_of(name),
+        field=None if settings.header is None else settings.header.lower(),
+        strict=settings.strict,
+        secure=settings.secure,
+        samesite=settings.samesite,
+        clock=time.time,
     )
 
 
@@ -445,6 +467,7 @@ def _upstream(settings: UpstreamSettings, pool: PoolSettings) -> Upstream:
         path=path,
         weight=settings.weight,
         max_in_flight=settings.max_in_flight,
+        drains=settings.drain,
         ejection=Ejection(health.failures, health.eject_for, health.eject_at_most),
     )
 

@@ -440,6 +440,7 @@ def test_a_pool_needs_its_upstreams_alone() -> None:
         "pass_identity": False,
         "key": "ip",
         "vnodes": 160,
+        "affinity": None,
         "connect_timeout": 2 * second,
         "response_timeout": 30 * second,
         "read_timeout": 60 * second,
@@ -687,6 +688,26 @@ def test_places_are_counted_as_people_do() -> None:
         ({"routes": SECRET}, "routes", "two brackets"),
         ({"routes": {"match": SECRET}}, "routes", "two brackets"),
         (routes(SECRET), "routes[0]", "expected a valid dictionary"),
+        (pool(affinity=SECRET), "pools.api.affinity", "expected a valid dictionary"),
+        (pool(affinity={"cookie": f"{SECRET} x"}), "pools.api.affinity.cookie", "String should match pattern"),
+        (pool(affinity={"cookie": ""}), "pools.api.affinity.cookie", "String should match pattern"),
+        (pool(affinity={"cookie": "__Host-gk", "secure": False}), "pools.api.affinity.cookie", "expected secure = true beside the prefix __Host-"),
+        (pool(affinity={"cookie": "__secure-gk", "secure": False}), "pools.api.affinity.cookie", "expected secure = true beside the prefix __secure-"),
+        (pool(affinity={"samesite": "none", "secure": False}), "pools.api.affinity.samesite", 'expected secure = true beside "none"'),
+        (pool(affinity={"samesite": SECRET}), "pools.api.affinity.samesite", "expected 'lax', 'strict' or 'none'"),
+        (pool(affinity={"header": f"{SECRET} x"}), "pools.api.affinity.header", "expected the name of a field of its own"),
+        (pool(affinity={"header": "Cookie"}), "pools.api.affinity.header", "expected the name of a field of its own"),
+        (pool(affinity={"header": "X-Forwarded-For"}), "pools.api.affinity.header", "expected the name of a field of its own"),
+        (pool(affinity={"header": "X-Pin", "secure": True}), "pools.api.affinity.secure", "goes with a cookie"),
+        (pool(affinity={"ttl": "0s"}), "pools.api.affinity.ttl", "above 0s"),
+        (pool(affinity={"strict": "yes"}), "pools.api.affinity.strict", "expected a valid boolean"),
+        (pool(affinity={"ccokie": "a"}), "pools.api.affinity.ccokie", 'did you mean "cookie"?'),
+        ({**pool(affinity={"cookie": "s"}), "session": {"kind": "token", "cookie": {"name": "s"}}}, "pools.api.affinity.cookie", "another name than that of the session"),
+        ({**pool(affinity={"cookie": "__Host-session.3"}), "session": {"kind": "token"}}, "pools.api.affinity.cookie", "another name than that of the session"),
+        ({"pools": {"api": {"upstreams": "http://a", "affinity": {"cookie": "gk_b"}}, "b": {"upstreams": "http://b", "affinity": {}}}}, "pools.b.affinity.cookie", "expected a name of its own; pools.api has the same"),
+        (upstreams({"url": "http://a", "drain": 1}), "pools.api.upstreams[0].drain", "expected a valid boolean"),
+        (upstreams({"url": "http://a", "drain": True}, {"url": "http://b", "drain": True}), "pools.api.upstreams", "expected at least one that does not drain"),
+        (pool(affinity={}, vnodes=10_000, upstreams=[{"url": "http://a", "weight": 101}]), "pools.api", "at most 1000000 points"),
         (routes({"match": "/*"}), "routes[0].pool", "expected a value, there is none"),
         (routes({"pool": "api"}), "routes[0].match", "expected a value, there is none"),
         (routes({"match": SECRET, "pool": "api"}), "routes[0].match", "expected a pattern"),
@@ -703,6 +724,32 @@ def test_a_wrong_value_is_told_by_its_path_and_what_was_expected(document: Any, 
     (problem,) = problems_of(document)
     assert problem.startswith(f"{path}: ")
     assert expected in problem
+
+
+def test_affinity_has_a_cookie_named_by_the_pool_unless_it_is_told_another_or_a_field_alone() -> None:
+    """Its own name for each pool, with the attributes that browsers want; both ways where both are named."""
+    made = the_pool(pool(affinity={})).affinity
+    assert made is not None
+    assert made.model_dump() == {
+        "cookie": None, "header": None, "ttl": 3600 * 10**9, "strict": False, "secure": True, "samesite": "lax",
+    }  # fmt: skip
+    assert made.cookie_of("api") == "gk_api"
+    for affinity, cookie in (({"header": "X-Pin"}, None), ({"header": "X-Pin", "cookie": "c"}, "c")):
+        told = the_pool(pool(affinity=affinity)).affinity
+        assert told is not None
+        assert (told.header, told.cookie_of("api")) == ("X-Pin", cookie)
+
+
+def test_with_affinity_a_pool_may_have_a_key_and_vnodes_whatever_its_policy() -> None:
+    """They are of the ring to which clients fall whose upstream is gone."""
+    made = the_pool(pool(policy="random", key="header:X-Tenant", vnodes=40, affinity={}))
+    assert (made.key, made.vnodes) == ("header:X-Tenant", 40)
+
+
+def test_affinity_needs_keys() -> None:
+    """There is no default secret: what signs pins is told, or there are none."""
+    with pytest.raises(SettingsError, match=r"^keys: expected some for pools\.api\.affinity, such as "):
+        Gatekeeper(pool(affinity={}))
 
 
 def test_rules_that_share_a_name_are_told_by_their_places() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from gatekeeper.commands import arun, run
 from gatekeeper.proxy.answers import own_answer, own_head
 from gatekeeper.proxy.connections import HIGH_WATER, UpstreamConnection
+from gatekeeper.proxy.pinning import heard, told, unpinned
 from gatekeeper.proxy.wire import (
     CHUNKED,
     LAST_CHUNK,
@@ -269,6 +270,8 @@ class Exchange(WireRequest, Ticket):
             self._own(400)
             return
         self.destination = destination
+        if front.gate.pin_cookies or front.gate.pin_fields:
+            self.lines = unpinned(self.lines, front.gate.pin_cookies, front.gate.pin_fields)
         self.now = front.now_ns()
         self.candidates = front.gate.choose(self, destination, self.now, random())  # noqa: S311
         self._next()
@@ -427,6 +430,8 @@ class Exchange(WireRequest, Ticket):
         lines = [b"HTTP/1.1 " + head.reason, *head.lines]
         if self.front.gate.reports:
             lines = self._heed(lines)
+        if self.held is not None:
+            lines = self._pin(lines)
         if self.hits:
             lines += [name + b": " + value for name, value in self.front.gate.respond(self)]
         if length > 0:
@@ -465,6 +470,15 @@ class Exchange(WireRequest, Ticket):
             else:
                 kept.append(line)
         return kept
+
+    def _pin(self, lines: list[bytes]) -> list[bytes]:
+        """The lines of a response, with those that pin the client to the upstream that gave it."""
+        assert self.destination is not None
+        assert self.destination.affinity is not None
+        assert self.upstream is not None
+        lines, ends = heard(lines, self.destination.affinity.field)
+        fields = self.front.gate.pin(self, self.destination, self.upstream, ends=ends)
+        return told(lines, fields) if fields else lines
 
     def _go_on(self, answer: Body, data: bytes) -> None:
         assert self.head is not None

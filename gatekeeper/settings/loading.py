@@ -23,10 +23,11 @@ from pydantic import BaseModel, ValidationError
 from gatekeeper.errors import SettingsError
 from gatekeeper.http.routes import Pattern, PatternError
 from gatekeeper.ratelimit.rates import Rate, RateError, parse_rates
+from gatekeeper.settings.affinity import misfit_affinity
 from gatekeeper.settings.base import as_list
 from gatekeeper.settings.bearer import misfit_bearer
 from gatekeeper.settings.schema import MOST_VNODES, MOST_WEIGHT, HealthSettings, PenaltySettings, Settings
-from gatekeeper.settings.session import misfit_session
+from gatekeeper.settings.session import misfit_session, session_cookie
 from gatekeeper.settings.values import Duration, parse_upstream, store_scheme, upstream_url
 from gatekeeper.upstreams.policies import POLICIES
 
@@ -52,7 +53,10 @@ def _misfits(document: Mapping[str, Any]) -> list[str]:
         if isinstance(pool, Mapping):
             problems += [f"pools.{_shown(name)}{problem}" for problem in _misfit_pool(pool)]
     problems += [f"identity{problem}" for problem in misfit_bearer(document.get("identity"))]
-    problems += [f"session{problem}" for problem in misfit_session(document.get("session"))]
+    session = document.get("session")
+    problems += [f"session{problem}" for problem in misfit_session(session)]
+    for name, problem in misfit_affinity(pools, session_cookie(session)):
+        problems.append(f"pools.{_shown(name)}{problem}")
     return [*problems, *_misfit_routes(document.get("routes"), pools)]
 
 
@@ -203,11 +207,12 @@ def _misfit_pool(pool: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong between the values of a pool. Each line begins with the path below the pool."""
     policy = pool.get("policy", "least_connections")
     is_keyless = policy in [name for name in POLICIES if name != "ring"]
-    if is_keyless and "key" in pool:
-        yield ".key: goes with the policy ring (or one of your own) alone"
+    has_ring = policy == "ring" or pool.get("affinity") is not None
+    if is_keyless and not has_ring and "key" in pool:
+        yield ".key: goes with the policy ring (or one of your own), or with affinity"
     is_own = callable(policy) or (isinstance(policy, str) and ":" in policy)
-    if (is_keyless or is_own) and "vnodes" in pool:
-        yield ".vnodes: goes with the policy ring alone"
+    if (is_keyless or is_own) and not has_ring and "vnodes" in pool:
+        yield ".vnodes: goes with the policy ring, or with affinity"
     health = pool.get("health")
     if isinstance(health, Mapping):
         try:
@@ -217,10 +222,13 @@ def _misfit_pool(pool: Mapping[str, Any]) -> Iterator[str]:
         if first > most:
             yield f".health: expected eject_for within eject_at_most ({_EJECTION['eject_at_most']} unless given)"
     upstreams = as_list(pool.get("upstreams"))
-    if policy == "ring" and _points(upstreams, pool.get("vnodes", 160)) > MOST_POINTS:
+    if has_ring and _points(upstreams, pool.get("vnodes", 160)) > MOST_POINTS:
         yield f": expected at most {MOST_POINTS} points on the ring, of which each unit of weight has vnodes"
+    listed = _listed(upstreams)
+    if listed and all(isinstance(one, Mapping) and one.get("drain") is True for one in listed):
+        yield ".upstreams: expected at least one that does not drain"
     told: dict[str, tuple[int, bool]] = {}
-    for place, upstream in enumerate(_listed(upstreams)):
+    for place, upstream in enumerate(listed):
         known, has_id = _known_by(upstream)
         if known is None:
             continue

@@ -24,6 +24,7 @@ from gatekeeper.http.parts import PartError, part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.ratelimit.rates import parse_rates
 from gatekeeper.ratelimit.rules import KEYS, KeyPartError, key_part
+from gatekeeper.settings.affinity import AffinitySettings
 from gatekeeper.settings.base import Boolean, Integer, Model, Strings, Text, as_list, default
 from gatekeeper.settings.bearer import BearerSettings
 from gatekeeper.settings.keys import Keys
@@ -542,6 +543,9 @@ class UpstreamSettings(Model):
     max_in_flight: Integer | None = Field(
         None, ge=1, le=1_000_000, description="Requests at a time; full, it is passed over. None: no bound."
     )
+    drain: Boolean = Field(
+        False, description="Whether it gets no new clients: only those go on with it that are pinned to it."
+    )
 
     @field_validator("id", mode="before", json_schema_input_type=str | None)
     @classmethod
@@ -575,7 +579,8 @@ class PoolSettings(Model):
     )
     key: Annotated[Text, AfterValidator(_pool_key)] = Field(
         "ip",
-        description=f"What a ring hashes: {_POOL_KEYS}; what lacks it, by its address.",
+        description=f"What a ring hashes: {_POOL_KEYS}; what lacks it, by its address. With the policy ring, one "
+        "of your own, or affinity.",
     )
     vnodes: Integer = Field(
         160, ge=1, le=MOST_VNODES, description="The points of an upstream of weight 1 on a ring."
@@ -595,6 +600,9 @@ class PoolSettings(Model):
     )
     pass_identity: Boolean = Field(
         False, description="Whether the upstreams are told who was verified, and what was charged."
+    )
+    affinity: AffinitySettings | None = Field(
+        None, description="How clients keep to the upstream that has answered them. None: they do not."
     )
     health: HealthSettings = Field(default_factory=HealthSettings)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema
 
 from gatekeeper.http.cookies import wrong_prefix
 from gatekeeper.settings.base import Boolean, Integer, Model, default
@@ -106,6 +106,17 @@ class SessionSettings(Model):
         "0s", "How long an id that was replaced is still good, for requests that are on their way with it."
     )
     cookie: CookieSettings = Field(default_factory=CookieSettings)
+
+
+def session_cookie(session: object) -> str | None:
+    """The name of the cookie of `[session]`, as it is before it is checked; None if there is none."""
+    if not isinstance(session, Mapping):
+        return None
+    cookie = session.get("cookie", {})
+    try:
+        return CookieSettings.model_validate(cookie).called
+    except ValidationError:
+        return None
 
 
 _LIVES: Final = {key: SessionSettings.model_fields[key].default for key in ("idle", "absolute")}
