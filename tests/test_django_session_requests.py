@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from tests.django_home import MIDDLEWARE, Urls, ask_wsgi, database  # first: Django wants its settings
+from tests.django_home import MIDDLEWARE, Urls, database  # first: Django wants its settings
 
 # isort: split
 import asyncio
@@ -41,6 +41,7 @@ from gatekeeper.wsgi import GatekeeperMiddleware
 from gatekeeper_django.sessions import SessionStore, aof, arevoke, of, revoke
 from tests.redis_servers import PATIENT
 from tests.scenarios import Ask
+from tests.servers import ask_wsgi
 from tests.test_django_sessions import ENGINE, KINDS, STORED, Clock, policy, sessions
 
 STACK = [
