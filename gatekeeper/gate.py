@@ -16,7 +16,7 @@ from gatekeeper.http.addresses import Address, Networks
 from gatekeeper.http.bodies import AmbiguousField, form_field, json_field
 from gatekeeper.http.fields import Fields, wants_problem
 from gatekeeper.http.message import Request
-from gatekeeper.http.parts import Part, as_text
+from gatekeeper.http.parts import Part, as_text, bearer_token
 from gatekeeper.http.routes import Pattern, Router, Table
 from gatekeeper.identity import Identity
 from gatekeeper.ratelimit.fields import (
@@ -40,6 +40,7 @@ from gatekeeper.upstreams.pool import Pool, Upstream
 if TYPE_CHECKING:
     from gatekeeper.affinity import Affinity
     from gatekeeper.sessions.flow import Sessions
+    from gatekeeper.sessions.foreign import Bearer
     from gatekeeper.sessions.vouchers import Vouchers
 
 DENIED_WAIT_NS: Final = 1_000_000_000
@@ -102,9 +103,9 @@ class Gate:
 
     __slots__ = (
         "_access", "_always", "_asks", "_claims", "_direct", "_hashes_user", "_identity", "_leases", "_manner",
-        "_messages", "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "failures", "keeper",
-        "off", "pin_cookies", "pin_fields", "reads_body", "reports", "route", "rules", "sessions", "shadowed",
-        "unpinned", "vouchers", "vouching",
+        "_messages", "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "bearer", "failures",
+        "keeper", "off", "pin_cookies", "pin_fields", "reads_body", "reports", "route", "rules", "sessions",
+        "shadowed", "unpinned", "vouchers", "vouching",
     )  # fmt: skip
 
     def __init__(
@@ -133,6 +134,8 @@ class Gate:
         self.off = False
         self.sessions: Sessions | None = None
         """What is remembered of clients."""
+        self.bearer: Bearer | None = None
+        """Reads the tokens of an identity provider that say who the user is."""
         self.vouchers: Vouchers | None = None
         """Reads what a gateway in front vouches for."""
         self.vouching: Vouchers | None = None
@@ -621,6 +624,14 @@ class Gate:
             if session is not None and self.sessions is not None:
                 yield from self.sessions.load(session)
                 ticket.claims, ticket.user = session.held, self.sessions.owner(session.held)
+            return
+        if self.bearer is not None:
+            token = bearer_token(ticket)
+            if token is not None:
+                now = int(self.bearer.clock())
+                claims = yield from self.bearer.tokens.claims(token, now, blocking=ticket.blocking)
+                if claims is not None:
+                    ticket.claims, ticket.user = claims, as_text(claims.get(self.bearer.claim))
             return
         if identity.user is None:
             ticket.user = identity.named_user(ticket)

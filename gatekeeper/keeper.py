@@ -21,10 +21,10 @@ from gatekeeper.affinity import Affinity, Pins
 from gatekeeper.commands import Batch, Hits, Limit, Replies, Store, Verdict, arun, run
 from gatekeeper.errors import SettingsError, StoreError
 from gatekeeper.gate import Access, Destination, Gate
-from gatekeeper.http.message import Request
-from gatekeeper.http.parts import only, part
+from gatekeeper.http.parts import bearer_token, part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.identity import Identity
+from gatekeeper.jwks import Jwks
 from gatekeeper.keyfiles import Keys
 from gatekeeper.keys import Ring
 from gatekeeper.ratelimit.algorithms import NS, Penalty
@@ -32,6 +32,7 @@ from gatekeeper.ratelimit.fields import Manner
 from gatekeeper.ratelimit.rates import Rate, parse_rates
 from gatekeeper.ratelimit.rules import Exemption, RateLimit, Rule
 from gatekeeper.sessions.flow import Sessions
+from gatekeeper.sessions.foreign import Bearer, ForeignTokens
 from gatekeeper.settings import (
     IdentitySettings,
     LimitSettings,
@@ -104,6 +105,7 @@ class Gatekeeper:
         self.sessions = self._sessions()
         self._gate.sessions = None if self.sessions is None else self.sessions.flow
         self._vouch()
+        self._gate.bearer = self._bearer()
         self._choose_way()
         self._punishing = [rule.penalty for rule in self.gate.rules if rule.penalty is not None]
         self._files.watch()
@@ -125,7 +127,8 @@ class Gatekeeper:
     def _choose_way(self) -> None:
         """Whether a decision may have to be awaited."""
         flow = self._gate.sessions
-        remote = flow is not None and not flow.is_local and self._by_session
+        # The session's store, or the keys of an identity provider, may be on another machine.
+        remote = (flow is not None and not flow.is_local and self._by_session) or self._gate.bearer is not None
         # An asynchronous function can only be awaited, whatever the store.
         self.awaits = not self.store.local or remote or any(is_asynchronous(one) for _, one in self.functions())
 
@@ -205,6 +208,21 @@ class Gatekeeper:
             user=str(settings.identity.user).removeprefix("session:") if self._by_session else "sub",
             warn=_LOG.warning,
         )
+
+    def _bearer(self) -> Bearer | None:
+        settings, user = self.settings.identity.bearer, self.settings.identity.user
+        if settings is None:
+            return None
+        source = Jwks(
+            settings.jwks_url,
+            timeout=settings.timeout / 1e9,
+            every=settings.refresh / 1e9,
+            warn=_LOG.warning,
+        )
+        tokens = ForeignTokens(
+            source, issuer=settings.issuer, audience=settings.audience, algorithms=settings.algorithms
+        )
+        return Bearer(tokens, str(user).removeprefix("bearer:"), time.time)
 
     def _vouch(self) -> None:
         gate, settings = self._gate, self.settings
@@ -553,11 +571,5 @@ def _identity(settings: IdentitySettings) -> Identity:
         user_field=user.partition(":")[2].lower() if isinstance(user, str) and user.startswith("header:") else None,
         by_session=isinstance(user, str) and user.startswith("session:"),
         user=user if callable(user) else None,
-        api_key=_bearer if settings.api_key == "bearer" else cast(Any, part(settings.api_key)),
+        api_key=bearer_token if settings.api_key == "bearer" else cast(Any, part(settings.api_key)),
     )
-
-
-def _bearer(request: Request) -> str | None:
-    """The token of `Authorization: Bearer` (RFC 6750, 2.1)."""
-    scheme, _, token = (only(request, "authorization") or "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None

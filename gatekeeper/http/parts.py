@@ -98,6 +98,12 @@ def only(request: Request, name: str) -> str | None:
     return values[0] or None if len(values) == 1 else None
 
 
+def bearer_token(request: Request) -> str | None:
+    """The token of `Authorization: Bearer` (RFC 6750, 2.1)."""
+    scheme, _, token = (only(request, "authorization") or "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
 def as_text(value: object) -> str | None:
     """A text, a number or a truth as text; None for what is none of them, and for no text at all."""
     if isinstance(value, bool):

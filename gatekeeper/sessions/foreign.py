@@ -7,7 +7,7 @@ They say who asks, and never are a session. What a token says of itself is belie
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
@@ -235,6 +235,14 @@ def _public_key(member: Mapping[str, Any]) -> PublicKey | None:
         return PublicKey(made.curve_name, algorithm, made) if made.curve_name in KINDS.values() else None
     except Exception:  # whatever joserfc and what is below it make of a member that is missing or wrong
         return None
+
+
+class Bearer(NamedTuple):
+    """How the user of a request is found in its token: by which `claim`, at the time of `clock` (seconds)."""
+
+    tokens: ForeignTokens
+    claim: str
+    clock: Callable[[], float]
 
 
 def _way(algorithm: str) -> Any:
