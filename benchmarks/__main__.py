@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import Final, TextIO
 
 from benchmarks import (
+    affinity,
     asgi,
     django,
     fastapi,
@@ -49,6 +50,7 @@ BENCHMARKS: Final[dict[str, Callable[[bool, Progress], Result]]] = {
     "gateway_memory": gateway_memory.run,
     "hashing": hashing.run,
     "tokens": tokens.run,
+    "affinity": affinity.run,
 }
 """By name, in the order they run. Called with (quick, progress)."""
 

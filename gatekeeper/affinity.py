@@ -14,7 +14,6 @@ import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from itertools import islice
 from typing import Final, Literal, NamedTuple
 
 from itsdangerous import BadSignature, Signer
@@ -206,9 +205,7 @@ class Affinity:
     def read(self, request: Request) -> Held:
         """What the client of a request holds. Where it sends both, the field is meant."""
         in_field = request.fields(self.field) if self.field is not None else []
-        in_cookie: list[str] = []
-        if self.cookie is not None:
-            in_cookie = list(islice(cookies(request.fields("cookie"), self.cookie), 2))
+        in_cookie = list(cookies(request.fields("cookie"), self.cookie)) if self.cookie is not None else []
         came = in_field or in_cookie
         if not came:
             return NOTHING
