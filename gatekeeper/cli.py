@@ -296,7 +296,14 @@ def _told(keeper: Gatekeeper) -> Iterator[str]:
         policy = pool.policy if isinstance(pool.policy, str) else getattr(pool.policy, "__name__", "of your own")
         by = f" by {pool.key}" if pool.policy == "ring" else ""
         count = len(pool.upstreams)
-        yield f"pool {name}: {policy}{by} over {count} {'upstream' if count == 1 else 'upstreams'}"
+        drained = sum(upstream.drain for upstream in pool.upstreams)
+        drains = f", {drained} of which {'drains' if drained == 1 else 'drain'}" if drained else ""
+        yield f"pool {name}: {policy}{by} over {count} {'upstream' if count == 1 else 'upstreams'}{drains}"
+        if pool.affinity is not None:
+            ways = [("cookie", pool.affinity.cookie_of(name)), ("field", pool.affinity.header)]
+            told = " or ".join(f"{way} {called}" for way, called in ways if called is not None)
+            strict = ", strictly" if pool.affinity.strict else ""
+            yield f"pool {name}: clients keep to theirs for {-(-pool.affinity.ttl // 10**9)} s, by {told}{strict}"
     for route in keeper.settings.routes:
         yield f"route {route.match}: {route.pool}"
 

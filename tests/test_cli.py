@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from contextlib import closing
@@ -111,6 +112,31 @@ def test_pools_and_routes_are_told_without_the_urls_of_upstreams(file: Path) -> 
         "route /own: own",
     ]
     assert "127.0.0.1" not in done.stdout
+
+
+def test_affinity_and_drains_are_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what clients keep to theirs, for how long, and how many upstreams get no new ones."""
+    monkeypatch.setenv("GATEKEEPER_KEY", secrets.token_urlsafe(32))
+    document = """
+keys = ["env:GATEKEEPER_KEY"]
+[pools.api]
+upstreams = [{ url = "http://127.0.0.1:9001", drain = true }, "http://127.0.0.1:9002"]
+affinity = { header = "X-Pin", cookie = "pin", strict = true, ttl = "90s" }
+[pools.web]
+upstreams = ["http://127.0.0.1:9003"]
+affinity = {}
+"""
+    file.write_text(
+        document + "".join(f'[[routes]]\nmatch = "/{name}"\npool = "{name}"\n' for name in ("api", "web"))
+    )
+    done = run("check", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.splitlines() if line.startswith("pool")] == [
+        "pool api: least_connections over 2 upstreams, 1 of which drains",
+        "pool api: clients keep to theirs for 90 s, by cookie pin or field X-Pin, strictly",
+        "pool web: least_connections over 1 upstream",
+        "pool web: clients keep to theirs for 3600 s, by cookie gk_web",
+    ]
 
 
 def test_what_is_odd_but_right_is_a_warning_with_status_0(file: Path) -> None:
