@@ -505,14 +505,15 @@ class TestDjango:
 
 
 class TestMiddleware:
-    def test_an_answer_of_500_saves_nothing(self, tmp_path: Path) -> None:
+    @STACKS
+    def test_an_answer_of_500_saves_nothing(self, tmp_path: Path, stack: list[str]) -> None:
         """As Django has it."""
 
         def broken(request: HttpRequest) -> HttpResponse:
             request.session["cart"] = 2
             return HttpResponse(status=500)
 
-        with at(tmp_path, urls=[path("broken", broken)]) as browser:
+        with at(tmp_path, MIDDLEWARE=stack, urls=[path("broken", broken)]) as browser:
             browser.get("/put?cart=1")
             browser.get("/broken")
             assert browser.get("/show").json() == {"cart": "1"}

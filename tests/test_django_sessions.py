@@ -256,6 +256,14 @@ class TestContract:
         if home.kind in STORED | {"revocable token"}:
             assert [home.do(SessionStore(), "exists", key) for key in keys] == [False, False]
 
+    @pytest.mark.parametrize("home", among(KINDS.keys() - STORED), indirect=True)
+    def test_a_token_that_was_deleted_is_dropped(self, home: Home) -> None:
+        """It would be as good as before: so nothing of it is left, and Django's middleware expires the cookie."""
+        session = home.saved(cart=1)
+        home.do(session, "delete")
+        assert (session.session_key, session.modified, session.is_empty()) == (None, True, True)
+        assert dict(home.do(session, "items")) == {}
+
     def test_cycle_key_gives_it_another_key_at_once(self, home: Home) -> None:
         """The data stays, and the old key is dead."""
         session = home.saved(cart=[1])
