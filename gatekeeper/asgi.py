@@ -19,6 +19,7 @@ from gatekeeper.ticket import Refusal, Ticket
 
 if TYPE_CHECKING:
     from gatekeeper.sessions.flow import Sessions
+    from gatekeeper.sessions.state import Session
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -115,7 +116,7 @@ class GatekeeperMiddleware:
         session = ticket.session = sessions.open(ticket, blocking=False)
         if not (session.came and sessions.early):
             return None
-        return asyncio.ensure_future(arun(sessions.load(session), anobody))
+        return asyncio.ensure_future(_load(sessions, session))
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def observe(message: Message) -> None:
@@ -263,6 +264,11 @@ class _Messages:
 def _with(message: Message, fields: Fields) -> Message:
     """The head of a response with more fields. A copy: the application may send the same message again."""
     return {**message, "headers": [*message["headers"], *fields] if "headers" in message else fields}
+
+
+async def _load(sessions: Sessions, session: Session) -> None:
+    if not session.is_coming:  # a rule that needs its user has asked for it
+        await arun(sessions.load(session), anobody)
 
 
 async def _nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -523,6 +523,25 @@ class TestStored:
 
         document = json.loads(store.store.ask(Load(store.store, found.id)).data)
         assert document == {"v": 1, "born": int(clock.now), "seen": int(clock.now), "data": {"sub": "7"}}
+
+    @pytest.mark.parametrize("later", ["what is there", StoreError("it does not answer"), None])
+    def test_of_two_that_load_it_at_once_the_later_leaves_alone_what_was_done_since(
+        self, stored: Callable[..., StoredSessions], store: Counting, later: Any
+    ) -> None:
+        """Whatever the store answers to the later one."""
+        flow = stored()
+        browser = Browser(flow)
+        browser.write(a=1)
+        session = browser.begin()
+        first, second = flow.load(session), flow.load(session)
+        one, two = next(first), next(second)
+        with pytest.raises(StopIteration):
+            first.send(store.ask(cast(SessionCommand, one)))
+        session["b"] = 2
+        with pytest.raises(StopIteration):
+            second.send(store.ask(cast(SessionCommand, two)) if later == "what is there" else later)
+        browser.end(session)
+        assert browser.read() == {"a": 1, "b": 2}
 
     def test_while_the_store_does_not_answer_using_a_session_raises(
         self, stored: Callable[..., StoredSessions], store: Counting

@@ -92,6 +92,12 @@ class Sessions:
 
     def load(self, session: Session) -> Steps[None]:
         """Read a session. What came and is none leaves it empty, and is counted."""
+        if not session.is_loaded:
+            session.is_coming = True
+            yield from self._read(session)
+
+    def _read(self, session: Session) -> Steps[None]:
+        # Two may wait for it at the same time: the later one leaves alone what the first has made of it since.
         raise NotImplementedError
 
     def save(self, session: Session) -> Steps[Fields]:
@@ -204,9 +210,7 @@ class StoredSessions(Sessions):
         self._ring = ring
         self._signers: tuple[int, Signer] | None = None
 
-    def load(self, session: Session) -> Steps[None]:
-        if session.is_loaded:
-            return
+    def _read(self, session: Session) -> Steps[None]:
         found = self._known(session)
         if found is None:
             self._reject(session, "forged")
@@ -216,6 +220,8 @@ class StoredSessions(Sessions):
         version = 0
         for _ in range(2):  # it may have moved
             reply = yield Load(self.store, key)
+            if session.is_loaded:
+                return
             if isinstance(reply, StoreError):
                 self._fail(session, reply)
                 return
@@ -432,9 +438,7 @@ class TokenSessions(Sessions):
                     return self.session_class(self, [token.strip()], blocking=blocking, source="bearer")
         return super().open(request, blocking=blocking)
 
-    def load(self, session: Session) -> Steps[None]:
-        if session.is_loaded:
-            return
+    def _read(self, session: Session) -> Steps[None]:
         values = (
             session.came if session.source == "bearer" else list(joined(self.cookie, session.came))[:_MOST_TRIED]
         )
@@ -475,6 +479,8 @@ class TokenSessions(Sessions):
         keys = [_digest(f"sid:{id}")] + ([_digest(f"user:{owner}")] if owner is not None else [])
         for key in keys:
             reply = yield Load(self.store, key)
+            if session.is_loaded:
+                return True
             if isinstance(reply, StoreError):
                 self._fail(session, reply)
                 return True

@@ -36,9 +36,9 @@ class Session(MutableMapping[str, Any]):
     """
 
     __slots__ = (
-        "_before", "_data", "_flow", "accessed", "blocking", "born", "came", "failure", "id", "is_cut", "is_ended",
-        "is_fresh", "is_gone", "is_moved", "is_rotated", "is_written", "key", "label", "not_before", "persistent",
-        "renews", "seen", "source", "stays", "version",
+        "_before", "_data", "_flow", "accessed", "blocking", "born", "came", "failure", "id", "is_coming",
+        "is_cut", "is_ended", "is_fresh", "is_gone", "is_moved", "is_rotated", "is_written", "key", "label",
+        "not_before", "persistent", "renews", "seen", "source", "stays", "version",
     )  # fmt: skip
 
     def __init__(self, flow: Sessions, came: Sequence[str], *, blocking: bool, source: str = "cookie") -> None:
@@ -56,6 +56,8 @@ class Session(MutableMapping[str, Any]):
         self.born = self.seen = 0
         self.label: str | None = None
         self.is_ended = self.is_rotated = self.is_written = False
+        self.is_coming = False
+        """Whether it was asked for."""
         self.is_moved = False
         """Whether the client's id is an old one that leads to it for a while."""
         self.is_fresh = False
