@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
 
 import hiredis
+import httpx
 import pytest
 
 from gatekeeper import Gatekeeper
 from gatekeeper.asgi import GatekeeperMiddleware, Message, Receive, Scope, Send
 from gatekeeper.stores.redis.awaiting import Line
-from tests.redis_servers import Server, running
+from tests.redis_servers import Server, running, until
 
 SECRET = os.urandom(32).hex()
 PLAIN = {"secure": False}
 """Of cookies that are sent over plain HTTP."""
+
+
+PATIENCE: Final = 30.0
+"""Seconds until a process that should have answered is given up."""
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +165,188 @@ def test_a_session_and_three_rules_are_one_round_trip_and_two_if_a_rule_needs_th
         await keeper.aclose()
 
     asyncio.run(main())
+
+
+# Through real servers, with real clients.
+
+SERVERS: dict[str, list[str]] = {
+    "uvicorn": ["uvicorn", "--no-proxy-headers", "--fd", "FD", "tests.session_homes:asgi"],
+    "gunicorn": ["gunicorn", "--workers", "2", "--threads", "4", "--bind", "fd://FD", "tests.session_homes:wsgi"],
+}
+
+
+@contextmanager
+def served(server: str, folder: Path, redis: Server, **session: Any) -> Iterator[str]:
+    """The application under a server, in a process of its own: its URL."""
+    settings = {
+        # Who is stopped on purpose is waited for as long; a busy machine is not to be taken for that.
+        "store": {"url": redis.url, "timeout": "2s"},
+        "keys": [SECRET],
+        "session": {"kind": "store", "cookie": PLAIN, **session},
+    }
+    environ = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONWARNINGS", "WEB_CONCURRENCY")
+    }
+    log = folder / f"{server}.log"
+    with socket.socket() as listener, log.open("w") as output:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        number = str(listener.fileno())
+        process = subprocess.Popen(
+            [sys.executable, "-m", *(word.replace("FD", number) for word in SERVERS[server])],
+            cwd=Path(__file__).resolve().parent.parent,
+            env={**environ, "SESSION_HOME": json.dumps(settings)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[listener.fileno()],
+        )
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return httpx.get(f"{url}/ready", timeout=PATIENCE).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        until(answers, PATIENCE)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(PATIENCE)
+
+
+@pytest.fixture(
+    scope="module", params=[(server, kind) for server in SERVERS for kind in ("token", "store")], ids=" ".join
+)
+def home(request: pytest.FixtureRequest, redis: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server, kind = request.param
+    with served(server, tmp_path_factory.mktemp("home"), redis, kind=kind) as url:
+        yield url
+
+
+@pytest.fixture
+def client(home: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=home, timeout=PATIENCE) as client:
+        yield client
+
+
+def test_a_client_finds_again_what_was_written_and_others_do_not(home: str, client: httpx.Client) -> None:
+    """Whichever worker answers; and each has its own."""
+    written = client.get("/write?fruit=apple")
+    assert written.json() == {"fruit": "apple"}
+    assert written.headers["set-cookie"].startswith("session=")
+    assert "httponly" in written.headers["set-cookie"].lower()
+    assert all(client.get("/read").json() == {"fruit": "apple"} for _ in range(8))
+    with httpx.Client(base_url=home, timeout=PATIENCE) as other:
+        assert other.get("/read").json() == {}
+
+
+def test_a_session_that_is_only_read_sets_no_cookie_and_varies_and_untouched_it_does_neither(
+    client: httpx.Client,
+) -> None:
+    client.get("/write?fruit=apple")
+    read, untouched = client.get("/read"), client.get("/untouched")
+    assert "set-cookie" not in read.headers
+    assert read.headers["vary"] == "Cookie"
+    assert "set-cookie" not in untouched.headers
+    assert "vary" not in untouched.headers
+
+
+def test_what_changes_within_a_list_is_kept(client: httpx.Client) -> None:
+    client.get("/append")
+    client.get("/append")
+    assert client.get("/read").json() == {"cart": ["apple", "apple"]}
+
+
+def test_of_a_streaming_response_what_changes_before_the_head_is_kept_and_later_nothing(
+    client: httpx.Client,
+) -> None:
+    assert client.get("/stream").text == "onetwo"
+    assert client.get("/read").json() == {"early": True}
+
+
+def test_a_head_request_writes_the_session_as_a_get_does_and_has_no_body(client: httpx.Client) -> None:
+    answer = client.head("/write?fruit=apple")
+    assert answer.status_code == 200
+    assert answer.content == b""
+    assert "set-cookie" in answer.headers
+    assert client.get("/read").json() == {"fruit": "apple"}
+
+
+def test_an_application_that_fails_is_answered_500_and_its_change_is_not_kept(client: httpx.Client) -> None:
+    client.get("/write?fruit=apple")
+    answer = client.get("/fails")
+    assert answer.status_code == 500
+    assert "set-cookie" not in answer.headers
+    assert client.get("/read").json() == {"fruit": "apple"}
+
+
+def test_a_session_that_is_ended_is_gone_and_its_cookie_expired(client: httpx.Client) -> None:
+    client.get("/write?fruit=apple")
+    answer = client.get("/end")
+    assert "max-age=0" in answer.headers["set-cookie"].lower()
+    assert "session" not in client.cookies
+    assert client.get("/read").json() == {}
+
+
+@pytest.mark.parametrize("cookie", ["x", "a.b.c", "\xff\xfe", '"', "2~a", "a" * 5000])
+def test_a_cookie_of_anything_is_an_empty_session(home: str, cookie: str) -> None:
+    answer = httpx.get(f"{home}/read", headers={"cookie": f"session={cookie}".encode("latin-1")}, timeout=PATIENCE)
+    assert (answer.status_code, answer.json()) == (200, {})
+
+
+@pytest.mark.parametrize(("server", "load"), [("uvicorn", "lazy"), ("uvicorn", "early"), ("gunicorn", "lazy")])
+@pytest.mark.parametrize("on_error", ["deny", "empty"])
+def test_while_the_store_does_not_answer_a_session_is_503_or_empty_and_later_as_it_was(
+    tmp_path: Path, server: str, load: str, on_error: str
+) -> None:
+    """Requests that do not use theirs go on; and nothing is written over what was there."""
+    with (
+        running() as redis,
+        served(server, tmp_path, redis, load=load, on_error=on_error) as url,
+        httpx.Client(base_url=url, timeout=PATIENCE) as client,
+    ):
+        client.get("/write?fruit=apple")
+        redis.pause()
+        try:
+            untouched, read, written = client.get("/untouched"), client.get("/read"), client.get("/write?a=1")
+        finally:
+            redis.resume()
+        assert untouched.status_code == 200
+        if on_error == "deny":
+            assert [read.status_code, written.status_code] == [503, 503]
+            assert read.headers["retry-after"].isdigit()
+            assert read.headers["cache-control"] == "no-store"
+            assert str(redis.port) not in read.text
+        else:
+            assert (read.status_code, read.json()) == (200, {})
+            assert (written.status_code, written.json()) == (200, {"a": "1"})
+        assert "set-cookie" not in read.headers
+        assert "set-cookie" not in written.headers
+        # It is asked again when some time has passed, which this process cannot make pass there.
+        expected = {"fruit": "apple"}
+        until(lambda: (answer := client.get("/read")).status_code == 200 and answer.json() == expected, PATIENCE)
+
+
+@pytest.mark.parametrize("load", ["lazy", "early"])
+def test_what_is_loaded_early_needs_no_await_and_else_the_error_says_what_to_await(
+    tmp_path: Path, redis: Server, load: str
+) -> None:
+    with (
+        served("uvicorn", tmp_path, redis, load=load) as url,
+        httpx.Client(base_url=url, timeout=PATIENCE) as client,
+    ):
+        assert client.get("/at-once").json() == {}, "no cookie: there is nothing to load"
+        client.get("/write?fruit=apple")
+        answer = client.get("/at-once")
+        if load == "early":
+            assert answer.json() == {"fruit": "apple"}
+        else:
+            assert answer.status_code == 500
+            assert "await session.aload() first" in (tmp_path / "uvicorn.log").read_text()
