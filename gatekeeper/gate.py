@@ -200,7 +200,7 @@ class Gate:
         rules = self._begin(ticket)
         if self._access is not None and self._look_up(ticket):
             return 403
-        if self._hashes_user:
+        if self._hashes_user and not ticket.asked_user:
             yield from self._ask_user(ticket)
         return (yield from self.extend(ticket, rules))
 
