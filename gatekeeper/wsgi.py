@@ -113,8 +113,6 @@ class EnvironTicket(EnvironRequest, Ticket):
 class _Ticket(EnvironTicket):
     """A ticket that what the application answers goes through, on its way out."""
 
-    blocking = True
-
     refusal: Sequence[bytes] = ()
     """The body in place of the application's, once `replaced`."""
 

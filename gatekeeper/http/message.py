@@ -65,6 +65,8 @@ class ScopeRequest:
 class EnvironRequest:
     """A Request over a WSGI environ (PEP 3333)."""
 
+    blocking = True  # its home may wait for a store
+
     def __init__(self, environ: dict[str, Any]) -> None:
         self.native: Any = environ
         self.method = environ["REQUEST_METHOD"].upper()

@@ -54,6 +54,10 @@ class DjangoTicket(DjangoRequest, Ticket):
     awaiting = False
     """Whether who asks of it can await."""
 
+    @property
+    def blocking(self) -> bool:  # type: ignore[override]
+        return not self.awaiting
+
     steps: Steps[int] | None = None
     """An admission that waits until the user is known, and the question it has asked."""
 
