@@ -28,7 +28,7 @@ from flask.views import MethodView, View
 from werkzeug import exceptions
 from werkzeug.local import LocalProxy
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
-from werkzeug.test import Client
+from werkzeug.test import Client, EnvironBuilder
 from werkzeug.wrappers import Response as Answer
 
 from gatekeeper import Gatekeeper as Keeper
@@ -469,6 +469,20 @@ def test_a_user_is_asked_for_after_the_before_request_functions_and_they_run_onc
     names = ["ada", "ada", "bob", "ada"]
     assert [ask(client, headers={"X-Name": name}).status_code for name in names] == [200, 200, 200, 429]
     assert len(ran) == 4
+
+
+def test_a_request_made_while_another_waits_for_its_user_leaves_that_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gatekeeper_flask.home.IN_USE", [])  # as where no function is decorated
+    app = user_app(lambda: g.user, [{**USERS[0], "match": "/"}])
+
+    @app.before_request
+    def authenticate() -> None:
+        if request.path == "/":
+            g.user = app.test_client().get("/item/7").text
+
+    assert [ask(app.test_client(), who=who).status_code for who in (A, B, A)] == [200, 200, 429]
 
 
 @pytest.mark.parametrize("how", ["answers", "aborts"])
@@ -1369,3 +1383,19 @@ def test_a_fresh_clock_lets_a_client_in_again(gatekeeper_fresh: VirtualClock) ->
     assert statuses(client, "/", 3) == [200, 200, 429]
     gatekeeper_fresh.advance(61)
     assert statuses(client, "/", 1) == [200]
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_body_that_the_server_forgets_holds_nothing(is_read: bool) -> None:
+    app = bare()
+    gk = Gatekeeper(app)
+    app.add_url_rule("/slow", "slow", gk.limit(concurrency=1)(lambda: Response(iter(["a", "b"]))))
+    builder = EnvironBuilder(path="/slow")
+    for _ in range(3):
+        told: list[str] = []
+        body: Any = app.wsgi_app(builder.get_environ(), lambda status, *_, told=told: told.append(status))
+        assert told == ["200 OK"]
+        if is_read:
+            assert next(iter(body)) == b"a"
+        del body
+        gc.collect()
