@@ -584,6 +584,49 @@ def test_the_gateway_settings_of_the_readme_serve(shared_stage: Stage, tmp_path:
         assert [log_in(gateway).status for _ in range(6)] == [401] * 5 + [429]
 
 
+def test_of_two_carts_the_one_in_the_session_outlives_the_server(tmp_path: Path) -> None:
+    """In memory a cart needs affinity, and goes with its server; in the session it needs neither. All is told, and ended."""
+    ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
+    file = tmp_path / "gatekeeper.toml"
+    file.write_text(on_ports((ROOT / "examples/cart/gatekeeper.toml").read_text(encoding="utf-8"), ports), "utf-8")
+    call = [sys.executable, "-W", "error", "examples/cart/run.py", str(file)]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    scattered, memory, session, after, again = done.stdout.split("\n\n")
+
+    def seen(text: str) -> list[tuple[str, str]]:
+        return re.findall(r"^  \w+ +/\S+ +server (\w): (.+)$", text, re.MULTILINE)
+
+    assert [cart for _, cart in seen(scattered)] == ["apple", "bread", "cheese", "nothing"]
+    growing = ["apple", "apple, bread", "apple, bread, cheese", "apple, bread, cheese"]
+    for text in (memory, session, again):
+        assert [cart for _, cart in seen(text)] == growing
+    ((own, _),) = set(seen(memory)[:1])
+    assert {server for server, _ in seen(memory)} == {own}
+    assert {server for server, _ in seen(session)} == set(SERVICES)
+    (lost, nothing), (other, kept) = seen(after)
+    assert lost != own != other
+    assert (nothing, kept) == ("nothing", "apple, bread, cheese")
+    assert f"Server {own} is killed" in after
+    assert "The cart in memory is lost; that in the session is there." in after
+    assert {server for server, _ in seen(again)} == {lost}
+    for port in ports.values():
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_the_cart_example_says_in_one_line_that_a_port_is_in_use(tmp_path: Path) -> None:
+    """Nothing is left running, and the status tells it."""
+    ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
+    file = tmp_path / "gatekeeper.toml"
+    file.write_text(on_ports((ROOT / "examples/cart/gatekeeper.toml").read_text(encoding="utf-8"), ports), "utf-8")
+    with socket.create_server(("127.0.0.1", ports["b"])):
+        call = [sys.executable, "examples/cart/run.py", str(file)]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"port {ports['b']} is in use\n"
+
+
 RING_BY_USER = """
 [identity]
 trusted_proxies = "127.0.0.1"
