@@ -286,6 +286,16 @@ class TestAffinity:
         held = affinity().read(Asked(("Cookie", "; ".join(["gk=x"] * 5000))))
         assert held.fault is Fault.REPEATED
 
+    @given(st.lists(st.tuples(st.sampled_from(["Cookie", "X-Pin"]), st.text(st.characters(max_codepoint=255)) | st.from_regex(r"gk=[^;]*(; ?gk=.*)?")), max_size=4))  # fmt: skip
+    def test_no_bytes_in_either_raise_or_are_believed(self, fields: list[tuple[str, str]]) -> None:
+        """Whatever a client sends, it is nothing or a fault; and the answer to it is a pin in the way that it came."""
+        fields = [(name, value.encode("latin-1", "replace").decode("latin-1")) for name, value in fields]
+        made = affinity(field="x-pin")
+        held = made.read(Asked(*fields))
+        assert held.pin is None
+        assert (held.fault is not None) is (held.in_cookie or held.in_field)
+        assert made.kept(held, "a")
+
     def test_where_both_come_the_field_is_meant(self) -> None:
         """A client that sends the field has chosen to; its library may keep cookies unasked."""
         both = [cookie(pins().seal("a", NOW)), ("X-Pin", pins().seal("b", NOW))]
