@@ -299,7 +299,8 @@ class Gate:
     def identify(self, ticket: Ticket) -> None:
         """Begin a request: who is asking. `admit` does it; a guard of a request that nobody admitted must."""
         self._begin(ticket)
-        self._look_up(ticket)
+        if self._access is not None:
+            self._look_up(ticket)
 
     def _begin(self, ticket: Ticket) -> tuple[Rule, ...]:
         """Identify the client; the rules that match."""
@@ -310,7 +311,7 @@ class Gate:
         ticket.address = self._direct.get(ticket.peer) or self._identity.address(ticket)
         if self.sessions is not None and ticket.session is None:
             ticket.session = self.sessions.open(ticket, blocking=ticket.blocking)
-        rules = self._always or self._table.match(ticket)
+        rules = self._always or (self._table.match(ticket) if self.rules else ())
         if self._overrides:
             rules = self._remaining(rules)
         if self.vouchers is not None and self._identity.trusts(ticket.peer):

@@ -31,8 +31,9 @@ class _Shard:
         self.stale: dict[str, State] = {}
         self.lifetime_ns = lifetime_ns
         self.turn = now + lifetime_ns
-        # The last refusal: the state, the limit, until when it stands, and what is told; see `MemoryStore.hitter`.
-        self.refusal: tuple[object, Limit | None, int, int, int, int, int] = (self, None, 0, 0, 0, 0, 0)
+        # The last refusal, until another hit is allowed: the state, the limit, until when it stands, and what is
+        # told; see `MemoryStore.hitter`.
+        self.refusal: tuple[State, Limit, int, int, int, int, int] | None = None
 
 
 class MemoryStore:
@@ -116,7 +117,7 @@ class MemoryStore:
             if shards is not None:
                 shard = shards[hash(key) & 63]
                 refused = shard.refusal
-                if refused[0] is shard.fresh.get(key):
+                if refused is not None and refused[0] is shard.fresh.get(key):
                     now = clock()
                     _, of, until, total, left, reset, wait = refused
                     if now < until and of is limit:
@@ -130,6 +131,8 @@ class MemoryStore:
                         after, verdict = step(state, now, 1)
                         if verdict.allowed:
                             fresh[key] = after
+                            if refused is not None:
+                                shard.refusal = None
                         else:
                             reset, wait = now + verdict.reset_ns, now + verdict.retry_ns
                             shard.refusal = state, limit, reset, verdict.limit, verdict.remaining, reset, wait
