@@ -1194,7 +1194,7 @@ def test_what_a_request_has_cost_is_told_by_the_application() -> None:
     assert ask(client, "/rows/1").status_code == 429
 
 
-def test_within_a_stream_a_limit_counts_by_the_client() -> None:
+def test_within_a_stream_a_limit_counts_by_the_client(gatekeeper_fresh: VirtualClock) -> None:
     app = bare()
     gk = Gatekeeper(app)
 

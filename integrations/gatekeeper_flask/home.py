@@ -196,7 +196,7 @@ class Home:
     def hook(self, *context: Any) -> Any:
         """Flask's `preprocess_request`, which runs the `before_request` functions, and its result."""
         ticket = CURRENT.get()
-        if ticket is None or not isinstance(ticket, FlaskTicket) or not ticket.waiting or ticket.home is not self:
+        if not isinstance(ticket, FlaskTicket) or not ticket.waiting or ticket.native is not request.environ:
             return self._preprocess(*context)
         if ticket.steps is None and not ticket.refused:
             self._route(ticket)
@@ -406,6 +406,11 @@ class _Body:
             if close is not None:
                 close()
         finally:
+            self._ticket.home.finish(self._ticket)
+
+    def __del__(self) -> None:
+        # A server that forgets to close it must not hold what the request holds for ever.
+        if self._ticket.is_open:
             self._ticket.home.finish(self._ticket)
 
     def _step(self) -> bytes | None:
