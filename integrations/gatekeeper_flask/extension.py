@@ -385,6 +385,14 @@ class Gatekeeper:
             ticket = FlaskTicket(environ)
             gate.identify(ticket)
         rule = home.rule(place, asked.url_rule, environ.get("SCRIPT_NAME", ""))
+        # An OPTIONS may be a preflight, and free; of a function called again only the last call is kept.
+        if (
+            keeper.store.local
+            and asked.method != "OPTIONS"
+            and rule not in ticket.rules
+            and gate.extend_at_once(ticket, rule, keeper.ask)
+        ):
+            return None
         before = ticket.refused
         if run(place.guard.charge(ticket, rule), keeper.ask):
             refusal = gate.refusal(ticket)
