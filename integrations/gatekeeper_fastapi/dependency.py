@@ -88,17 +88,22 @@ class RateLimit:
         ):
             place = self._find(scope, gate.keeper)
         rule, keeper = place.rule, place.keeper
+        before = ticket.rules
+        if rule in before:
+            return ticket  # type: ignore[no-any-return]
         may_be_free = ticket.method == "OPTIONS"  # as a preflight
-        if not ticket.rules and place.hit is not None and place.store is keeper.store and not may_be_free:
-            # The usual case: the first limit of its request, one hit in memory.
+        if place.hit is not None and place.store is keeper.store and not may_be_free:
+            # The usual case: one hit in memory.
             whose = ticket.address if rule.by_address else rule.key(ticket)
             verdict = place.hit(whose)
-            if verdict.allowed:
-                ticket.rules, ticket.hits, ticket.verdicts = place.rules, [(place.limit, whose, 1)], [verdict]
-            else:
+            if not verdict.allowed:
                 await charge(self.guard, ticket, rule, keeper, connection)
-        elif rule in ticket.rules:
-            return ticket  # type: ignore[no-any-return]
+            elif before:
+                ticket.rules = (*before, rule)
+                ticket.hits = (*ticket.hits, (place.limit, whose, 1))
+                ticket.verdicts = (*ticket.verdicts, verdict)
+            else:
+                ticket.rules, ticket.hits, ticket.verdicts = place.rules, ((place.limit, whose, 1),), (verdict,)
         elif may_be_free or keeper.awaits or not gate.extend_at_once(ticket, rule, keeper.ask):
             await charge(self.guard, ticket, rule, keeper, connection)
         if type(ticket) is OwnTicket:
