@@ -408,6 +408,28 @@ def test_rules_of_the_settings_and_of_the_view_are_each_charged_once() -> None:
     assert response["RateLimit-Policy"] == '"default";q=9;w=60, "view";q=5;w=60'
 
 
+@pytest.mark.parametrize("kind", ["function", "dispatch", "class", "method", "urls"])
+def test_limits_of_one_period_that_stand_at_one_view_are_each_charged_once(kind: str) -> None:
+    few, more = limit("2/minute"), limit("3/minute")
+
+    class Page(View):
+        def get(self, request: HttpRequest) -> HttpResponse:
+            return HttpResponse()
+
+    if kind == "dispatch":
+        Page = method_decorator(more, name="dispatch")(method_decorator(few, name="dispatch")(Page))
+    elif kind == "class":
+        Page = more(few(Page))
+    elif kind == "method":
+        Page.get = method_decorator(more)(method_decorator(few)(Page.get))  # type: ignore[method-assign]
+    view = more(few(more(hello))) if kind == "function" else Page.as_view()
+    if kind == "urls":
+        view = more(few(view))
+    with site(path("", view)):
+        assert [client(A).get("/").status_code for _ in range(3)] == [200, 200, 429]
+        assert client(B).get("/")["RateLimit"].endswith('";r=1;t=61')
+
+
 def test_a_view_that_is_decorated_twice_by_one_limit_is_charged_once() -> None:
     strict = limit("2/minute")
     for middleware in ((MIDDLEWARE,), ()):

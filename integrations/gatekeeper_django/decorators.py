@@ -120,7 +120,16 @@ class Limit:
             rule = known[1][label, route] = self.guard.rule(keeper, label, where)
         return rule
 
+    def _numbered(self, view: object, label: str) -> str:
+        """The label of this limit at a view: others without a name, below it, have counters of their own."""
+        if self.guard.name is not None:
+            return label
+        placed = [one.limit for one in getattr(view, MARK, ()) if one.limit.guard.name is None]
+        below = placed[len(placed) - placed[::-1].index(self) :] if self in placed else placed
+        return f"{label}-{len(set(below)) + 1}" if below else label
+
     def _view(self, view: Callable[..., Any], label: str) -> Callable[..., Any]:
+        label = self._numbered(view, label)
         guard, methods = self.guard, self.methods
         awaited: dict[type, bool] = {}
 
