@@ -12,12 +12,16 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from gatekeeper import Gatekeeper
 from gatekeeper.commands import Store
 from gatekeeper_fastapi import GatekeeperMiddleware
 from tests.scenarios import Answer
 from tests.servers import ask_asgi
+
+A, B = ("192.0.2.1", 1), ("198.51.100.2", 2)
+"""Two clients, as their server knows them."""
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]
 
@@ -52,3 +56,9 @@ def starlette(settings: Mapping[str, Any], store: Store) -> Iterator[Answer]:
     app = Starlette(routes=[Route("/{path:path}", page, methods=METHODS)])
     app.add_middleware(GatekeeperMiddleware, settings=Gatekeeper(settings, store=store))
     yield lambda ask: asyncio.run(ask_asgi(app, ask))
+
+
+def ask(app: Any, *paths: str, client: tuple[str, int] = A, method: str = "GET", **more: Any) -> list[int]:
+    """The statuses of requests, one after another."""
+    asking = TestClient(app, client=client, raise_server_exceptions=False)
+    return [asking.request(method, path, **more).status_code for path in paths]

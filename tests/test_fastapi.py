@@ -33,9 +33,7 @@ from gatekeeper_fastapi import (
     limited_handler,
 )
 from gatekeeper_fastapi.tickets import default_keeper
-
-A, B = ("192.0.2.1", 1), ("198.51.100.2", 2)
-"""Two clients."""
+from tests.fastapi_home import A, B, ask
 
 Make = Callable[..., FastAPI]
 
@@ -60,12 +58,6 @@ def make(request: pytest.FixtureRequest) -> Make:
         return app
 
     return make
-
-
-def ask(app: Any, *paths: str, client: tuple[str, int] = A, method: str = "GET", **more: Any) -> list[int]:
-    """The statuses of requests, one after another."""
-    asking = TestClient(app, client=client, raise_server_exceptions=False)
-    return [asking.request(method, path, **more).status_code for path in paths]
 
 
 # What it limits

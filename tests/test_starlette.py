@@ -37,11 +37,9 @@ from gatekeeper_fastapi import (
     limited_handler,
     uncovered,
 )
+from tests.fastapi_home import A, B, ask
 
 ROOT = Path(__file__).resolve().parent.parent
-A, B = ("192.0.2.1", 1), ("198.51.100.2", 2)
-"""Two clients."""
-
 Make = Callable[..., Starlette]
 
 
@@ -65,12 +63,6 @@ def make(request: pytest.FixtureRequest) -> Make:
         return app
 
     return make
-
-
-def ask(app: Any, *paths: str, client: tuple[str, int] = A, method: str = "GET", **more: Any) -> list[int]:
-    """The statuses of requests, one after another."""
-    asking = TestClient(app, client=client, raise_server_exceptions=False)
-    return [asking.request(method, path, **more).status_code for path in paths]
 
 
 async def page(request: Request) -> Response:
