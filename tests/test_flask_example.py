@@ -157,8 +157,8 @@ def test_check_finds_every_route_of_the_example_covered() -> None:
         "GET /api/items/: default, user, api",
         "GET|PUT /api/items/{number}: default, user, api, item",
         "GET /export: default, export",
-        "GET /health: nothing (exempt)",
+        "GET /health: no limit (exempt)",
         "POST /login: default, login",
         "GET /report/{year}: default, report",
-        "GET /static/{filename:path}: nothing (static)",
+        "GET /static/{filename:path}: no limit (static)",
     ]
