@@ -235,6 +235,43 @@ def test_the_config_of_the_cookie_stands_above_the_settings(way: Callable[..., F
     assert set(attributes) == {"Path=/app", "Domain=example.org", "Secure", "SameSite=Strict", "Partitioned"}
 
 
+@pytest.mark.parametrize("config", [{"SESSION_COOKIE_PATH": "/app"}, {"SESSION_COOKIE_DOMAIN": "example.org"}])
+def test_a_config_that_forbids_the_prefix_of_the_cookie_gives_it_a_name_without(config: dict[str, str]) -> None:
+    """Browsers drop a `__Host-` cookie that has a path or a domain."""
+    assert alone().test_client().post("/write", json={"a": 1}).headers["Set-Cookie"].startswith("__Host-session=")
+    assert alone(**config).test_client().post("/write", json={"a": 1}).headers["Set-Cookie"].startswith("session=")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"SESSION_COOKIE_NAME": "__Host-mine", "SESSION_COOKIE_PATH": "/app"},
+        {"SESSION_COOKIE_NAME": "__Secure-mine", "GATEKEEPER_SESSION": {"cookie": {"secure": False}}},
+        {"SESSION_COOKIE_SAMESITE": "None", "GATEKEEPER_SESSION": {"cookie": {"secure": False}}},
+        {"SESSION_COOKIE_PARTITIONED": True, "GATEKEEPER_SESSION": {"cookie": {"secure": False}}},
+    ],
+)
+def test_a_config_whose_cookie_browsers_drop_is_refused_at_the_start(config: dict[str, Any]) -> None:
+    settings = {"kind": "token", **config.pop("GATEKEEPER_SESSION", {})}
+    with pytest.raises(SettingsError, match=r"SESSION_COOKIE_\*"):
+        gatekeeper_flask.Gatekeeper(application(GATEKEEPER_SESSION=settings, **config))
+
+
+@pytest.mark.parametrize("refreshes", [True, False])
+def test_a_session_that_is_not_to_be_refreshed_is_written_when_it_changes_alone(refreshes: bool) -> None:
+    """SESSION_REFRESH_EACH_REQUEST = False: its age is no reason."""
+    app = alone(SESSION_REFRESH_EACH_REQUEST=refreshes)
+    flow = app.session_interface.flow(app)  # type: ignore[attr-defined]
+    now = flow._clock()
+    flow._clock = lambda: now
+    client = app.test_client()
+    client.environ_base["wsgi.url_scheme"] = "https"
+    client.post("/write", json={"a": 1})
+    now += flow.idle // 2
+    assert ("Set-Cookie" in client.get("/read").headers) == refreshes
+    assert "Set-Cookie" in client.post("/write", json={"a": 2}).headers
+
+
 def test_a_fallback_of_the_secret_still_opens_sessions() -> None:
     old, new = os.urandom(32).hex(), os.urandom(32).hex()
     before = application()

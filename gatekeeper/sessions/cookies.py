@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple
 
 from gatekeeper.errors import SessionError
-from gatekeeper.http.cookies import set_cookie
+from gatekeeper.http.cookies import set_cookie, wrong_prefix
 from gatekeeper.http.fields import Fields
 from gatekeeper.http.parts import cookies
 
@@ -33,6 +33,14 @@ class Cookie(NamedTuple):
     partitioned: bool = False
     persistent: bool = True
     """Whether it outlives the browser: with `Max-Age`."""
+
+    @property
+    def misfit(self) -> str | None:
+        """Why browsers drop it unheard (RFC 6265bis); None if they do not."""
+        for attribute, needs in (('samesite "none"', self.samesite == "none"), ("partitioned", self.partitioned)):
+            if needs and not self.secure:
+                return f"expected secure beside {attribute}"
+        return wrong_prefix(self.name, secure=self.secure, path=self.path, domain=self.domain)
 
 
 def joined(cookie: Cookie, came: Sequence[str]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from gatekeeper import Gatekeeper as Keeper
 from gatekeeper.commands import nobody, run
 from gatekeeper.errors import SettingsError, StoreError
 from gatekeeper.http.message import EnvironRequest
+from gatekeeper.sessions.cookies import Cookie
 from gatekeeper.sessions.flow import Sessions
 from gatekeeper.sessions.state import Session as State
 from gatekeeper.settings import Settings, load_settings
@@ -170,5 +171,10 @@ def _fitted(flow: Sessions, app: Flask) -> Sessions:
     }
     if said.get("samesite") is not None:
         said["samesite"] = said["samesite"].lower()
-    fitted.cookie = flow.cookie._replace(**said)
+    cookie = flow.cookie._replace(**said)
+    if cookie.name == Cookie().name and "name" not in said and cookie.misfit is not None:
+        cookie = cookie._replace(name="session")  # as the settings have it where nobody names the cookie
+    if cookie.misfit is not None:
+        raise SettingsError([f"SESSION_COOKIE_*: {cookie.misfit}; else browsers drop the cookie"])
+    fitted.cookie = cookie
     return fitted
