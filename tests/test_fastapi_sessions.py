@@ -96,6 +96,7 @@ WAYS: Ways = {
     "gatekeeper, token": lambda app: app.add_middleware(GatekeeperMiddleware, settings=SETTINGS["token"]),
     "gatekeeper, store": lambda app: app.add_middleware(GatekeeperMiddleware, settings=SETTINGS["store"]),
     "starlette's arguments": lambda app: app.add_middleware(SessionMiddleware, secret_key=SECRET),
+    "settings": lambda app: app.add_middleware(SessionMiddleware, settings=SETTINGS["token"]),
     "keeper": lambda app: app.add_middleware(SessionMiddleware, keeper=Gatekeeper(SETTINGS["store"])),
 }
 
@@ -214,6 +215,46 @@ def test_a_weak_secret_is_refused_and_not_shown(secret: str) -> None:
     with pytest.raises(KeyRingError) as error:
         SessionMiddleware(application(), secret_key=secret)
     assert secret not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"session_cookie": "__Host-mine"},
+        {"session_cookie": "__Host-mine", "https_only": True, "path": "/app"},
+        {"same_site": "none"},
+        {"partitioned": True},
+    ],
+)
+def test_a_cookie_that_browsers_drop_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="browsers drop"):
+        SessionMiddleware(application(), secret_key=SECRET, **arguments)
+
+
+@pytest.mark.parametrize("more", [{"keeper": Gatekeeper(SETTINGS["token"])}, {"settings": SETTINGS["token"]}])
+def test_a_secret_beside_settings_is_refused_for_one_of_them_would_not_hold(more: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="one of"):
+        SessionMiddleware(application(), secret_key=SECRET, **more)
+
+
+def test_settings_without_a_session_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"\[session\]"):
+        SessionMiddleware(application(), settings={})
+
+
+def test_a_store_that_the_middleware_has_made_is_closed_when_the_application_shuts_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that others share is left to them."""
+    closed: list[MemorySessions] = []
+    monkeypatch.setattr(MemorySessions, "close", lambda store: closed.append(store))
+    keeper = Gatekeeper(SETTINGS["store"])
+    for given, expected in (({"keeper": keeper}, 0), ({"settings": SETTINGS["store"]}, 1)):
+        app = application()
+        app.add_middleware(SessionMiddleware, **given)
+        with TestClient(app):
+            assert len(closed) == 0
+        assert len(closed) == expected
 
 
 def test_without_a_middleware_the_dependency_says_what_is_missing() -> None:

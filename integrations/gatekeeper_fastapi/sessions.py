@@ -6,6 +6,8 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from starlette.requests import HTTPConnection
@@ -19,6 +21,7 @@ from gatekeeper.keys import Key, Ring
 from gatekeeper.sessions.cookies import Cookie
 from gatekeeper.sessions.flow import Sessions, TokenSessions
 from gatekeeper.sessions.state import Session as State
+from gatekeeper.settings import Settings
 from gatekeeper.user_sessions import session_tokens
 
 LONGEST_LIFE: Final = 365 * 86_400
@@ -32,7 +35,9 @@ class SessionMiddleware:
     """`request.session`, with the arguments of Starlette's own SessionMiddleware.
 
     - `secret_key`: a text of 32 bytes or more; the session is a signed token in the cookie, as it is there
-    - `keeper`: a Gatekeeper whose `[session]` says all of that instead: also for sessions in a store
+    - `settings`: a mapping, the path of a TOML file, or Settings, whose `[session]` says all of that instead: also
+      for sessions in a store, which is closed when the application shuts down
+    - `keeper`: a Gatekeeper in their place, that others share
     - `max_age`: seconds that a session lives which is not used; None: as long as the browser is open
     - `session_cookie`, `path`, `same_site`, `https_only`, `domain`, `partitioned`: of the cookie
 
@@ -40,7 +45,8 @@ class SessionMiddleware:
     It is loaded before the application is called, if a cookie came. Beyond Starlette's: what changes within a list
     or a dictionary is kept, too; `session.rotate()` gives it a new id; a WebSocket may change it.
 
-    Raises KeyRingError for a secret that is too short, or none.
+    Raises KeyRingError for a secret that is too short, or none; SettingsError for settings that are wrong, and for
+    a cookie that browsers drop.
     """
 
     def __init__(
@@ -55,24 +61,35 @@ class SessionMiddleware:
         domain: str | None = None,
         partitioned: bool = False,
         *,
+        settings: Settings | Mapping[str, Any] | str | Path | None = None,
         keeper: Gatekeeper | None = None,
     ) -> None:
         self.app = app
         self._flow: Sessions | None = None
+        self._owned: Gatekeeper | None = None  # who makes the keeper closes it
+        if sum(given is not None for given in (secret_key, settings, keeper)) > 1:
+            raise SettingsError(["expected one of secret_key, settings and keeper"])
+        if settings is not None:
+            keeper = self._owned = Gatekeeper(settings)
         if keeper is not None:
             if keeper.sessions is None:
-                raise SettingsError(["session: expected a [session] in the settings of the keeper"])
+                raise SettingsError(["session: expected a [session] in the settings"])
             self._flow = keeper.sessions.flow
         elif secret_key is not None:
             secret = str(secret_key).encode()
             # As Gatekeeper's settings do: the id is the same in each process.
             ring = Ring([Key(hashlib.sha256(b"gatekeeper-kid" + secret).hexdigest()[:8], "HS256", secret)])
             life = LONGEST_LIFE if max_age is None else max(max_age, LONGEST_LIFE)
+            cookie = Cookie(
+                session_cookie, path, domain, https_only, True, same_site, partitioned, max_age is not None
+            )
+            if cookie.misfit is not None:
+                raise SettingsError(
+                    [f"session_cookie: {cookie.misfit}; else browsers drop the cookie (https_only makes it secure)"]
+                )
             self._flow = TokenSessions(
                 session_tokens(ring, longest=life),
-                cookie=Cookie(
-                    session_cookie, path, domain, https_only, True, same_site, partitioned, max_age is not None
-                ),
+                cookie=cookie,
                 idle=life if max_age is None else max_age,
                 absolute=life,
                 store=None,
@@ -83,7 +100,7 @@ class SessionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
+            await self._lifespan(scope, receive, send)
             return
         outer = scope.get("session")
         if isinstance(outer, State):
@@ -96,6 +113,14 @@ class SessionMiddleware:
                 ["secret_key: expected one, or a GatekeeperMiddleware with a [session] around this"]
             )
         await _Request(self._flow, scope, send).answer(self.app, receive)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def observe(message: Message) -> None:
+            if self._owned and message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self._owned.aclose()
+            await send(message)
+
+        await self.app(scope, receive, observe)
 
 
 class _Request:
