@@ -364,3 +364,15 @@ def test_while_the_store_does_not_answer_sessions_are_503_or_empty_as_the_settin
     assert "Set-Cookie" not in response.headers
     store.fails = False
     assert client.get("/read").json == {"a": 1}
+
+
+def test_an_error_handler_of_the_application_may_answer_that_the_store_does_not() -> None:
+    app = application(GATEKEEPER_SESSION={"kind": "store", "cookie": {"secure": False}})
+    flow = gatekeeper_flask.Gatekeeper(app).keeper.sessions.flow  # type: ignore[union-attr]
+    app.register_error_handler(503, lambda error: ("come back later", 503))
+    store = flow.store = Failing()
+    client = app.test_client()
+    client.post("/write", json={"a": 1})
+    store.fails = True
+    response = client.get("/read")
+    assert (response.status_code, response.text) == (503, "come back later")
