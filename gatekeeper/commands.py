@@ -9,7 +9,7 @@ Times are integers of nanoseconds on the store's clock: integers make decisions 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from inspect import isawaitable
 from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -177,13 +177,20 @@ class Call:
 class Read:
     """The body of the request is to be read by the shell, and still to reach the application.
 
-    The answer is the body, or None if it is longer than `most` bytes.
+    The answer is a Body.
     """
 
     __slots__ = ("most",)
 
     def __init__(self, most: int) -> None:
         self.most = most
+
+
+Body: TypeAlias = bytes | Mapping[str, Sequence[str]] | None
+"""A body as it was read; None if it is longer than was asked for.
+
+Or the values by name of a form, where a framework has parsed it and nothing is left of the body.
+"""
 
 
 class Record(NamedTuple):
@@ -316,7 +323,7 @@ class Store(Protocol):
     async def aclose(self) -> None: ...
 
 
-def run(steps: Steps[R], ask: Callable[[Hits], Replies], read: Callable[[int], bytes | None] | None = None) -> R:
+def run(steps: Steps[R], ask: Callable[[Hits], Replies], read: Callable[[int], Body] | None = None) -> R:
     """Drive a core generator to its result, blocking. `read` reads the body, where there is one."""
     answer: Any = None
     try:
@@ -337,7 +344,7 @@ def run(steps: Steps[R], ask: Callable[[Hits], Replies], read: Callable[[int], b
 async def arun(
     steps: Steps[R],
     ask: Callable[[Hits], Awaitable[Replies]],
-    read: Callable[[int], Awaitable[bytes | None]] | None = None,
+    read: Callable[[int], Awaitable[Body]] | None = None,
 ) -> R:
     """Drive a core generator to its result, awaiting. `read` reads the body, where there is one."""
     answer: Any = None

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from unicodedata import normalize
 
-from gatekeeper.commands import Batch, Call, Give, Hit, Hits, Limit, Read, Replies, Steps, Verdict, run
+from gatekeeper.commands import Batch, Body, Call, Give, Hit, Hits, Limit, Read, Replies, Steps, Verdict, run
 from gatekeeper.errors import StoreError
 from gatekeeper.http.addresses import Address, Networks
-from gatekeeper.http.bodies import AmbiguousField, form_field, json_field
+from gatekeeper.http.bodies import AmbiguousField, form_field, json_field, parsed_field
 from gatekeeper.http.fields import Fields, wants_problem
 from gatekeeper.http.message import Request
 from gatekeeper.http.parts import Part, as_text, bearer_token
@@ -205,7 +205,7 @@ class Gate:
         return (yield from self.extend(ticket, rules))
 
     def admit_at_once(
-        self, ticket: Ticket, ask: Callable[[Hits], Replies], read: Callable[[int], bytes | None] | None = None
+        self, ticket: Ticket, ask: Callable[[Hits], Replies], read: Callable[[int], Body] | None = None
     ) -> int:
         """`admit`, for a store that does not wait: a request that one batch decides costs no generator.
 
@@ -372,15 +372,18 @@ class Gate:
                     answers[function] = yield Call(function, ticket)
         fields = {field for rule in rules for field in rule.body_fields} - answers.keys()
         if fields:
-            body: bytes | None = yield Read(self._most_body)
+            body: Body = yield Read(self._most_body)
             if body is None:
                 return 413
             try:
                 for kind, name in fields:
-                    if kind == "json":
-                        answers[kind, name] = folded(json_field(body, name))
+                    if not isinstance(body, bytes):
+                        found = parsed_field(body, name) if kind == "form" else None
+                    elif kind == "json":
+                        found = json_field(body, name)
                     else:
-                        answers[kind, name] = folded(form_field(ticket.fields("content-type"), body, name))
+                        found = form_field(ticket.fields("content-type"), body, name)
+                    answers[kind, name] = folded(found)
             except AmbiguousField:
                 return 400
         return 0

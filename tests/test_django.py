@@ -750,6 +750,50 @@ def test_a_limit_by_a_field_of_the_form_leaves_the_form_to_the_view() -> None:
         assert client().post("/", "email=" + "x" * 70_000, content_type=kind).status_code == 413
 
 
+@BOTH
+def test_a_form_that_csrf_protection_has_parsed_before_the_view_is_counted_all_the_same(
+    middleware: tuple[str, ...],
+) -> None:
+    def view(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(request.POST["email"])
+
+    async def aview(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(request.POST["email"])
+
+    by_email = limit("1/minute", key="form:email")
+    token = "t" * 32
+    csrf = (*middleware, "django.middleware.csrf.CsrfViewMiddleware")
+
+    def form(*emails: str) -> dict[str, Any]:
+        return {"email": emails, "csrfmiddlewaretoken": token}
+
+    with site(path("", by_email(view)), path("a", by_email(aview)), middleware=csrf):
+        browser = Client(enforce_csrf_checks=True, REMOTE_ADDR=A)
+        browser.cookies["csrftoken"] = token
+        seen = [browser.post("/", form(email)) for email in ("z@x", "Z@x ", "y@x")]
+        assert [response.status_code for response in seen] == [200, 429, 200]
+        assert browser.post("/", form("w@x", "v@x")).status_code == 400, "which the view believes is unknown"
+
+        async def walk() -> list[int]:
+            abrowser = AsyncClientAt(B)
+            abrowser.handler.enforce_csrf_checks = True
+            abrowser.cookies["csrftoken"] = token
+            return [(await abrowser.post("/a", form(email))).status_code for email in ("c@x", "C@x", "d@x")]
+
+        assert asyncio.run(walk()) == [200, 429, 200]
+
+
+def looks(get_response: Any) -> Any:
+    """A middleware that looks for a form in every request."""
+    return lambda request: get_response(request) if request.POST is not None else None
+
+
+def test_a_limit_by_json_is_not_told_of_no_body_by_who_has_looked_for_a_form() -> None:
+    with site(path("", limit("1/minute", key="json:name")(hello)), middleware=(MIDDLEWARE, f"{__name__}.looks")):
+        seen = [client().put("/", f'{{"name": "{name}"}}', content_type="application/json") for name in "aab"]
+    assert [response.status_code for response in seen] == [200, 429, 200]
+
+
 # What is told
 
 

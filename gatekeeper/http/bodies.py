@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -57,6 +58,11 @@ def form_field(content_types: list[str], body: bytes, name: str) -> str | None:
 
 def _unquoted(text: bytes) -> bytes:
     return unquote_to_bytes(text.replace(b"+", b" "))
+
+
+def parsed_field(form: Mapping[str, Sequence[str]], name: str) -> str | None:
+    """The value of a field of a form that a framework has parsed. Raises AmbiguousField if it has several."""
+    return as_text(_only(list(form.get(name, ()))))
 
 
 def json_field(body: bytes, path: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from django.core.exceptions import RequestDataTooBig
 from django.utils.functional import SimpleLazyObject
 
-from gatekeeper.commands import Call, Steps
+from gatekeeper.commands import Body, Call, Steps
 from gatekeeper.errors import Limited, StoreError
 from gatekeeper.gate import Gate
 from gatekeeper.ticket import Ticket
@@ -72,9 +72,15 @@ class DjangoTicket(DjangoRequest, Ticket):
     seen: Any = None
     """The user that was last read."""
 
-    def read(self, most: int) -> bytes | None:
-        """The body, None if it is longer; the view is given it all the same."""
+    def read(self, most: int) -> Body:
+        """The body, None if it is longer; the view is given it all the same.
+
+        Of a `multipart/form-data` form nothing else is left once it was parsed, as CSRF protection does before a
+        view.
+        """
         request = self.native
+        if request.content_type == "multipart/form-data" and _is_parsed(request):
+            return dict(request.POST.lists())
         length = request.META.get("CONTENT_LENGTH") or ""
         is_known = length.isascii() and length.isdigit()
         if is_known and int(length) > most:
@@ -92,13 +98,18 @@ class DjangoTicket(DjangoRequest, Ticket):
             return None
         return body if len(body) <= most else None
 
-    async def aread(self, most: int) -> bytes | None:
+    async def aread(self, most: int) -> Body:
         return self.read(most)  # Django has read it by now: nothing waits
 
     def let_go(self) -> None:
         """The request is over. (It and its ticket held each other: the cycle would wait for the collector.)"""
         self.native = None
         self.seen = None
+
+
+def _is_parsed(request: Any) -> bool:
+    """Whether Django has made a form of the body, and kept nothing of it."""
+    return request._read_started and hasattr(request, "_post") and not hasattr(request, "_body")
 
 
 def request_of(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:

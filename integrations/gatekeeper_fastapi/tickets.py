@@ -11,10 +11,9 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketState
 
-from gatekeeper.commands import arun, run
+from gatekeeper.commands import Body, arun, run
 from gatekeeper.decorators import Guard, limited
 from gatekeeper.errors import Limited
-from gatekeeper.gate import folded
 from gatekeeper.http.fields import Fields
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.keeper import Gatekeeper
@@ -117,9 +116,7 @@ def new_ticket(scope: Any, keeper: Gatekeeper) -> OwnTicket:
 
 async def charge(guard: Guard, ticket: Ticket, rule: Rule, keeper: Gatekeeper, connection: HTTPConnection) -> None:
     """Charge a request. Raises what refuses it."""
-    if rule.body_fields and not await read_form(ticket, rule, connection):
-        status = ticket.refused = 400
-    elif keeper.awaits or rule.asks:
+    if keeper.awaits or rule.asks:
         steps = guard.charge(ticket, rule)
         status = await arun(steps, keeper.aask, partial(body_of, connection))
     else:
@@ -214,10 +211,16 @@ async def limited_handler(connection: Any, error: Exception) -> Any:
     return response
 
 
-async def body_of(request: HTTPConnection, most: int) -> bytes | None:
-    """The body of a request, which Starlette keeps for the endpoint; None if it is longer than `most` bytes."""
+async def body_of(request: HTTPConnection, most: int) -> Body:
+    """The body of a request, which Starlette keeps for the endpoint; None if it is longer than `most` bytes.
+
+    Of a form that FastAPI has parsed nothing else is left.
+    """
     if not isinstance(request, Request):
         return b""  # a WebSocket
+    if getattr(request, "_form", None) is not None:
+        form = await request.form()  # the same again
+        return {name: [value for value in form.getlist(name) if isinstance(value, str)] for name in form}
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit():
         if int(length) > most:
@@ -231,21 +234,3 @@ async def body_of(request: HTTPConnection, most: int) -> bytes | None:
             return None
     request._body = body  # as `body()` does, which has no bound
     return body
-
-
-async def read_form(ticket: Ticket, rule: Rule, request: HTTPConnection) -> bool:
-    """Take a rule's fields from a form that FastAPI has parsed, of whose body nothing is left.
-
-    False if a field stands in it more than once: which of them the application believes cannot be known.
-    """
-    if getattr(request, "_form", None) is None or not isinstance(request, Request):
-        return True
-    form = await request.form()  # the same again
-    answers = dict(ticket.answers)
-    for kind, name in rule.body_fields:
-        values = [value for value in form.getlist(name) if isinstance(value, str)] if kind == "form" else []
-        if len(values) > 1:
-            return False
-        answers[kind, name] = folded(values[0]) if values else None
-    ticket.answers = answers
-    return True
