@@ -748,6 +748,7 @@ def test_a_limit_by_a_field_of_the_form_leaves_the_form_to_the_view() -> None:
 
         assert asyncio.run(walk()) == [200, 429, 200]
         assert client().post("/", "email=" + "x" * 70_000, content_type=kind).status_code == 413
+        assert client().post("/", "email=e", content_type=kind, CONTENT_LENGTH="9" * 5000).status_code == 413
 
 
 @BOTH

@@ -710,6 +710,32 @@ def test_of_a_body_no_more_is_read_than_the_settings_allow(bodies: FastAPI) -> N
     assert ask(bodies, "/read", method="POST", headers=form, content=pieces(5)) == [429]
 
 
+@pytest.mark.parametrize("length", ["5", "0" * 5000 + "5"])
+def test_a_content_length_that_is_untrue_beside_transfer_encoding_bounds_nothing(
+    bodies: FastAPI, length: str
+) -> None:
+    left = [b"x" * 100] * 1000
+    heads: list[Any] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": left.pop(), "more_body": bool(left)}
+
+    async def send(message: Message) -> None:
+        heads.append(message.get("status"))
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/read",
+        "query_string": b"",
+        "headers": [(b"content-length", length.encode()), (b"transfer-encoding", b"chunked")],
+        "client": A,
+    }
+    asyncio.run(bodies(scope, receive, send))
+    assert heads[0] == 413
+    assert len(left) == 1000 - 11, "what is beyond the bound is left with the client"
+
+
 # What ends with the response
 
 

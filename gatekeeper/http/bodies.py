@@ -12,6 +12,7 @@ from gatekeeper.http.parts import as_text
 
 _MOST_FIELDS: Final = 1000
 _LONGEST_HEAD: Final = 1024
+_MOST_DIGITS: Final = 18
 
 _CONTENT_TYPE: Final = re.compile(
     r"[A-Za-z/-]+\s*(?:;\s*(?:charset=\"?[Uu][Tt][Ff]-8\"?|"
@@ -32,6 +33,14 @@ class AmbiguousField(ValueError):
 
     What the application believes cannot be known.
     """
+
+
+def is_longer(length: str, most: int) -> bool:
+    """Whether a Content-Length tells of more than `most` bytes. What is no number tells nothing."""
+    if not (length.isascii() and length.isdigit()):
+        return False
+    digits = length.lstrip("0")
+    return len(digits) > _MOST_DIGITS or int(digits or "0") > most  # of some thousand Python would make an error
 
 
 def form_field(content_types: list[str], body: bytes, name: str) -> str | None:

@@ -11,6 +11,7 @@ from django.utils.functional import SimpleLazyObject
 from gatekeeper.commands import Body, Call, Steps
 from gatekeeper.errors import Limited, StoreError
 from gatekeeper.gate import Gate
+from gatekeeper.http.bodies import is_longer
 from gatekeeper.ticket import Ticket
 
 
@@ -81,13 +82,12 @@ class DjangoTicket(DjangoRequest, Ticket):
         request = self.native
         if request.content_type == "multipart/form-data" and _is_parsed(request):
             return dict(request.POST.lists())
-        length = request.META.get("CONTENT_LENGTH") or ""
-        is_known = length.isascii() and length.isdigit()
-        if is_known and int(length) > most:
+        if is_longer(request.META.get("CONTENT_LENGTH") or "", most):
             return None
         stream: Any = getattr(request, "_stream", None)
-        if not is_known and not hasattr(request, "_body") and stream is not None and stream.seekable():
-            # Django has the whole body of an ASGI request in a file. However long it is, we do not want it all.
+        if not hasattr(request, "_body") and stream is not None and stream.seekable():
+            # Django has the whole body of an ASGI request in a file. However long it is, we do not want it all;
+            # and whatever its Content-Length says, beside a Transfer-Encoding.
             head = stream.read(most + 1)
             stream.seek(0)
             if len(head) > most:

@@ -14,6 +14,7 @@ from starlette.websockets import WebSocket, WebSocketState
 from gatekeeper.commands import Body, arun, run
 from gatekeeper.decorators import Guard, limited
 from gatekeeper.errors import Limited
+from gatekeeper.http.bodies import is_longer
 from gatekeeper.http.fields import Fields
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.keeper import Gatekeeper
@@ -221,16 +222,13 @@ async def body_of(request: HTTPConnection, most: int) -> Body:
     if getattr(request, "_form", None) is not None:
         form = await request.form()  # the same again
         return {name: [value for value in form.getlist(name) if isinstance(value, str)] for name in form}
-    length = request.headers.get("content-length", "")
-    if length.isascii() and length.isdigit():
-        if int(length) > most:
-            return None
-        body = await request.body()
-        return body if len(body) <= most else None
-    body = b""
+    if is_longer(request.headers.get("content-length", ""), most):
+        return None
+    # A server may leave it a length that Transfer-Encoding has made untrue (RFC 9112, 6.3): what comes is counted.
+    body = bytearray()
     async for piece in request.stream():
         body += piece
         if len(body) > most:
             return None
-    request._body = body  # as `body()` does, which has no bound
-    return body
+    request._body = bytes(body)  # as `body()` does, which has no bound
+    return request._body
