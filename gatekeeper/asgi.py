@@ -131,7 +131,7 @@ class _Ticket(ScopeRequest, Ticket):
     """A ticket that what the application sends goes through, on its way out."""
 
     closed = False  # a WebSocket's close was sent
-    replay: list[Message] = []  # noqa: RUF012  # never changed in place but by `read`, which makes its own
+    replay: list[Message] = []  # noqa: RUF012  # never changed in place before `read` has made one of its own
     # what was read of the request before the application asked for it
     incoming: Receive
     """The server's `receive`."""
@@ -188,19 +188,21 @@ class _Ticket(ScopeRequest, Ticket):
     async def read(self, most: int) -> bytes | None:
         """The body, None if it is longer; the application is given it all the same."""
         body = bytearray()
-        self.replay = kept = list(self.replay)
-        while self.native["type"] == "http":
+        if self.native["type"] != "http":
+            return b""
+        more = True
+        while more:
             message = await self.incoming()
-            piece = message.get("body", b"")
-            if not piece and message.get("more_body", False):
-                continue
-            kept.append(message)
-            body += piece
+            body += message.get("body", b"")
             if len(body) > most:
                 return None
-            if not message.get("more_body", False):
-                break
-        return bytes(body)
+            more = message.get("more_body", False)
+        # As one message: of a body that comes byte by byte the messages would take two hundred times its size.
+        whole, left = bytes(body), message["type"] == "http.disconnect"
+        self.replay = [{"type": "http.request", "body": whole, "more_body": left}]
+        if left:
+            self.replay.append(message)
+        return whole
 
     async def receive(self) -> Message:
         """What was read already, then what comes."""

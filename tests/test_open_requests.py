@@ -76,25 +76,26 @@ def test_asgi_a_slot_is_free_again_however_its_request_ends(ending: str) -> None
     asyncio.run(main())
 
 
-def test_asgi_the_application_receives_every_message_once_though_the_body_was_read_before() -> None:
-    incoming: list[Message] = [
-        {"type": "http.request", "body": b'{"name":', "more_body": True},
-        {"type": "http.request", "body": b' "bob"}'},
-        {"type": "http.disconnect"},
-    ]
-    expected = list(incoming)
+@pytest.mark.parametrize("more", [True, False], ids=["and the client leaves within it", "whole"])
+def test_asgi_the_application_receives_the_body_once_and_as_one_message_though_it_was_read_before(
+    more: bool,
+) -> None:
+    body = b'{"name": "bob"}'
+    # Of a body in so many pieces the messages are far larger than what they bring.
+    incoming: list[Message] = [{"type": "http.request", "body": bytes([byte]), "more_body": True} for byte in body]
+    incoming[-1]["more_body"] = more
+    incoming.append({"type": "http.disconnect"})
     seen: list[Message] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        for _ in expected:
-            seen.append(await receive())
+        seen.extend([await receive(), await receive()])
         await ok(scope, receive, send)
 
     async def receive() -> Message:
         return incoming.pop(0)
 
     assert asyncio.run(status_of(Asgi(app, NAMED), receive)) == 200
-    assert seen == expected
+    assert seen == [{"type": "http.request", "body": body, "more_body": more}, {"type": "http.disconnect"}]
 
 
 def test_asgi_no_more_of_a_long_body_is_read_than_the_bound_and_a_client_that_leaves_is_no_error() -> None:
