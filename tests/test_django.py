@@ -24,6 +24,8 @@ from typing import Any
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.asgi import ASGIHandler
+from django.core.handlers.wsgi import WSGIHandler
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template import engines
 from django.template.response import SimpleTemplateResponse
@@ -32,6 +34,7 @@ from django.urls import include, path, re_path, reverse
 from django.utils.decorators import method_decorator
 from django.utils.translation import gettext_lazy
 from django.views import View
+from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import TemplateView
 
 import gatekeeper_django
@@ -372,8 +375,6 @@ def test_wrong_settings_of_a_limit_are_told_when_it_is_made() -> None:
 
 
 def test_a_view_keeps_its_name_and_what_other_decorators_have_said_of_it() -> None:
-    from django.views.decorators.csrf import csrf_exempt
-
     view = limit("1/minute")(csrf_exempt(hello))
     assert view.__name__ == "hello"
     assert view.csrf_exempt
@@ -793,6 +794,17 @@ def test_a_limit_by_json_is_not_told_of_no_body_by_who_has_looked_for_a_form() -
     with site(path("", limit("1/minute", key="json:name")(hello)), middleware=(MIDDLEWARE, f"{__name__}.looks")):
         seen = [client().put("/", f'{{"name": "{name}"}}', content_type="application/json") for name in "aab"]
     assert [response.status_code for response in seen] == [200, 429, 200]
+
+
+def test_a_path_with_the_prefix_of_the_script_and_the_one_without_are_the_same_to_rules_and_routes() -> None:
+    policy = {"limits": [{"name": "login", "rate": "1/minute", "match": "POST /app/login"}]}
+    login = csrf_exempt(hello)
+    with site(path("login", login), policy=policy, FORCE_SCRIPT_NAME="/app"):
+        handler = ASGIHandler()
+        asks = [Ask("POST", url, peer=peer) for peer in (A, B) for url in ("/app/login", "/login")]
+        assert [asyncio.run(ask_asgi(handler, ask)).status for ask in asks] == [200, 429, 200, 429]
+        asks = [Ask("POST", "/login", peer="192.0.2.8")] * 2
+        assert [ask_wsgi(WSGIHandler(), ask).status for ask in asks] == [200, 429]
 
 
 # What is told

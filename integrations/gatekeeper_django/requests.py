@@ -24,7 +24,10 @@ class DjangoRequest:
     def __init__(self, request: Any) -> None:
         self.native = request
         self.method: str = request.method or "GET"  # an HttpRequest made by hand has none
-        self.path: str = request.path
+        # Under ASGI Django takes the prefix off a path that has it, and routes one without it all the same: both
+        # are one. (Under WSGI its `path` is so already.)
+        prefix = getattr(request, "script_name", "")
+        self.path: str = prefix.rstrip("/") + request.path_info if prefix else request.path
         self.peer: str | None = request.META.get("REMOTE_ADDR")
 
     def fields(self, name: str) -> list[str]:
