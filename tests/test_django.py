@@ -785,6 +785,20 @@ def test_a_form_that_csrf_protection_has_parsed_before_the_view_is_counted_all_t
         assert asyncio.run(walk()) == [200, 429, 200]
 
 
+def test_a_client_that_leaves_within_a_body_that_is_read_for_its_key_is_no_fault_of_the_site() -> None:
+    class Broken:
+        def read(self, size: int = -1) -> bytes:
+            raise ConnectionResetError
+
+        readline = read
+
+    policy = {"limits": [{"name": "named", "rate": "1/minute", "key": "json:name"}]}
+    with site(path("", hello), policy=policy), logged("django.request") as records:
+        request = {"REQUEST_METHOD": "POST", "CONTENT_LENGTH": "15", "wsgi.input": Broken()}
+        assert client().request(**request).status_code == 413
+    assert records == []
+
+
 def looks(get_response: Any) -> Any:
     """A middleware that looks for a form in every request."""
     return lambda request: get_response(request) if request.POST is not None else None

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Mapping
 from typing import Any, Final
 
 from django.core.exceptions import RequestDataTooBig
+from django.http import UnreadablePostError
 from django.utils.functional import SimpleLazyObject
 
 from gatekeeper.commands import Body, Call, Steps
@@ -97,8 +98,8 @@ class DjangoTicket(DjangoRequest, Ticket):
                 return None
         try:
             body: bytes = request.body
-        except RequestDataTooBig:
-            return None
+        except (RequestDataTooBig, UnreadablePostError):
+            return None  # or the client has left within it, and gets no answer: that is no fault to be reported
         return body if len(body) <= most else None
 
     async def aread(self, most: int) -> Body:
