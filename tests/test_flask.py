@@ -543,6 +543,24 @@ def test_a_body_is_counted_by_and_still_read_by_the_application() -> None:
     ]
 
 
+def test_a_body_is_counted_by_though_a_before_request_function_or_that_of_the_user_has_read_it() -> None:
+    limits = [
+        {"name": "a", "rate": "1/minute", "key": "json:name"},
+        {"name": "b", "rate": "9/minute", "key": "user"},
+    ]
+    app = user_app(lambda: request.get_json()["name"], limits)
+    app.before_request(lambda: request.get_data() and None)
+
+    @app.post("/in")
+    def enter() -> Any:
+        return request.get_json()["name"]
+
+    client = app.test_client()
+    answers = [ask(client, "/in", method="POST", json={"name": name}) for name in ("ada", "bob", "ada", "bob")]
+    assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
+    assert answers[1].data == b"bob"
+
+
 def test_a_body_too_long_to_be_counted_by_is_a_413_that_handlers_see() -> None:
     limits = [{"name": "a", "rate": "1/minute", "key": "form:name"}]
     app = bare()

@@ -59,6 +59,7 @@ class FlaskTicket(EnvironTicket):
     - `waiting`: whether the request is still to be decided, or its refusal to be raised
     - `steps`, `question`: what decides it, and what that asked for that only Flask can answer
     - `told`: the refusal that was raised within Flask
+    - `early`: the body, in a tuple, where it was read before it is asked for: the application may read it meanwhile
     """
 
     home: Home
@@ -66,7 +67,12 @@ class FlaskTicket(EnvironTicket):
     steps: Steps[int] | None = None
     question: Question | None = None
     told: Refusal | None = None
+    early: tuple[bytes | None] | None = None
     body: Iterable[bytes] = ()
+
+    def read(self, most: int) -> bytes | None:
+        """The body, None if it is longer; the application is given it all the same."""
+        return super().read(most) if self.early is None else self.early[0]
 
     def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
         """The `start_response` that Flask is given."""
@@ -274,7 +280,7 @@ class Home:
                 if isinstance(question, Call):
                     ticket.steps, ticket.question = steps, question
                     if keeper.gate.reads_body:
-                        ticket.read(keeper.settings.identity.max_body)  # the application may read it before us
+                        ticket.early = (ticket.read(keeper.settings.identity.max_body),)
                 else:
                     ticket.refused = run(_rest(steps, question), keeper.ask, ticket.read)
         else:
