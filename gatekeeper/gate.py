@@ -254,7 +254,7 @@ class Gate:
 
         So that who is over the limit of an address costs no look-up of a user, where that is made known late.
         """
-        rules = tuple(rule for rule in ticket.waiting_rules if rule.is_plain and not rule.asks)
+        rules = _knowing(ticket.waiting_rules)
         return Batch(self._hits(ticket, rules), spend=False) if rules else None
 
     def extend_at_once(self, ticket: Ticket, rule: Rule, ask: Callable[[Hits], Replies]) -> bool:
@@ -372,6 +372,13 @@ class Gate:
                     answers[function] = yield Call(function, ticket)
         fields = {field for rule in rules for field in rule.body_fields} - answers.keys()
         if fields:
+            # Who is over another limit is not waited for: a body may come slowly, or never.
+            knowing = _knowing(rules)
+            if knowing:
+                look = self._hits(ticket, knowing)
+                verdicts: Replies = yield Batch(look, spend=False)
+                if any(isinstance(verdict, Verdict) and not verdict.allowed for verdict in verdicts):
+                    return (yield from self._settle(ticket, knowing, look, verdicts))
             body: Body = yield Read(self._most_body)
             if body is None:
                 return 413
@@ -709,6 +716,11 @@ class Gate:
         for local, batch in gives.items():
             if batch:
                 yield Batch(gives=batch, local=local)
+
+
+def _knowing(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Those of the rules that can be asked for at once, and of which a look tells all."""
+    return tuple(rule for rule in rules if rule.is_plain and not rule.asks)
 
 
 def _add_shared(hits: list[Hit], ticket: Ticket, limit: RateLimit, key: str, cost: int) -> None:

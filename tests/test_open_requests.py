@@ -119,6 +119,25 @@ def test_asgi_no_more_of_a_long_body_is_read_than_the_bound_and_a_client_that_le
     asyncio.run(main())
 
 
+def test_asgi_the_body_of_a_client_that_is_over_another_limit_is_not_waited_for() -> None:
+    limits = [{"name": "address", "rate": "1/minute"}, {"name": "named", "rate": "9/minute", "key": "json:name"}]
+
+    async def whole() -> Message:
+        return {"type": "http.request", "body": b'{"name": "bob"}'}
+
+    async def never() -> Message:
+        raise AssertionError("the body was asked for")
+
+    async def main() -> None:
+        middleware = Asgi(ok, {"limits": limits})
+        assert await status_of(middleware, whole) == 200
+        assert await status_of(middleware, never) == 429
+        named = middleware.keeper.gate.rules[1].limits[0]
+        assert middleware.keeper.ask([(named, "=bob", 1)])[0].remaining == 7  # type: ignore[union-attr]
+
+    asyncio.run(main())
+
+
 def test_asgi_messages_within_a_websocket_are_limited_and_the_connection_is_closed_with_1013() -> None:
     limits = [
         {
