@@ -126,5 +126,5 @@ def _spoofable(settings: Settings) -> Iterator[str]:
     if not identity.trusted_proxies:
         if "header" in identity.model_fields_set:
             yield "identity.header: nobody is believed who writes it; trusted_proxies names who is"
-        if isinstance(identity.user, str):
+        if isinstance(identity.user, str) and identity.user.startswith("header:"):
             yield "identity.user: nobody is believed who writes that header; trusted_proxies names who is"

@@ -324,6 +324,16 @@ def test_two_applications_have_sessions_of_their_own() -> None:
     assert [client.get("/read").json for client in clients] == [{"a": 1}, {}]
 
 
+def test_who_does_not_touch_the_session_gets_no_vary_with_or_without_a_cookie(client: FlaskClient) -> None:
+    assert "Vary" not in client.get("/untouched").headers
+
+
+def test_a_policy_that_says_so_makes_the_cookie_outlive_the_browser() -> None:
+    app = application(GATEKEEPER_SESSION={"kind": "store", "cookie": {"secure": False, "persistent": True}})
+    gatekeeper_flask.Gatekeeper(app)
+    assert "Max-Age=1800" in app.test_client().post("/write", json={"a": 1}).headers["Set-Cookie"]
+
+
 class Failing(MemorySessions):
     """A store that can be made to fail."""
 

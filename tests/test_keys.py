@@ -164,7 +164,7 @@ class TestSettings:
         ("keys", "told"),
         [
             ([], "keys: expected some"),
-            (["env:NO_SUCH_VARIABLE"], r"keys\[0\]: expected the name of an environment variable"),
+            (["env:NO_SUCH_VARIABLE"], r"keys\[0\]: expected the environment variable NO_SUCH_VARIABLE to be set"),
             (["file:/no/such/file"], r"keys\[0\]: /no/such/file: No such file"),
             (["file:/dev/zero"], r"keys\[0\]: /dev/zero: expected a regular file"),
             (["file:/etc"], r"keys\[0\]: /etc: expected a regular file"),

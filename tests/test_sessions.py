@@ -334,6 +334,31 @@ class TestEachKind:
 
 
 class TestStored:
+    def test_a_store_that_fails_and_comes_back_is_told_once_each(
+        self, stored: Callable[..., StoredSessions], store: Counting
+    ) -> None:
+        said: list[str] = []
+        browser = Browser(stored(warn=said.append))
+        browser.write(a=1)
+        store.fails = True
+        for _ in range(3):
+            with pytest.raises(StoreError):
+                browser.read()
+        store.fails = False
+        browser.read()
+        browser.read()
+        assert [text.partition(":")[0] for text in said] == [
+            "the store of sessions fails", "the store of sessions answers again",
+        ]  # fmt: skip
+
+    def test_it_can_be_copied_and_joined_as_a_dictionary(self, stored: Callable[..., StoredSessions]) -> None:
+        session = Browser(stored()).begin()
+        session["a"] = 1
+        assert session | {"b": 2} == {"a": 1, "b": 2}
+        copy = session.copy()
+        session |= {"c": 3}
+        assert (copy, dict(session)) == ({"a": 1}, {"a": 1, "c": 3})
+
     def test_changes_of_parallel_requests_are_merged_by_name(self, stored: Callable[..., StoredSessions]) -> None:
         browser = Browser(stored())
         browser.write(a=1, b=1, c=1)

@@ -75,6 +75,7 @@ class Sessions:
         self._clock = clock
         self._draw = draw
         self.warn = warn
+        self._fails = False
 
     def open(self, request: Request, *, blocking: bool) -> Session:
         """The session of a request, not loaded yet. `blocking`: whether its home may wait for a store."""
@@ -121,7 +122,7 @@ class Sessions:
             try:
                 fields += yield from self._write(session, changed is not None)
             except StoreError as error:
-                self.counts["store"] += 1
+                self._heed(error)
                 if not self.empties:
                     session.failure = error
                     raise
@@ -179,9 +180,20 @@ class Sessions:
         """Whether somebody has just logged in: then the session begins anew, as far as its age goes."""
         return self.owner(data) not in (None, self.owner(session.before()))
 
+    def _heed(self, error: StoreError | None) -> None:
+        """Tell when the store ceases to do as it is asked, and when it does again: a line each."""
+        if error is not None:
+            self.counts["store"] += 1
+            if not self._fails:
+                self._fails = True
+                self.warn(f"the store of sessions fails: {error}")
+        elif self._fails:
+            self._fails = False
+            self.warn("the store of sessions answers again")
+
     def _fail(self, session: Session, error: StoreError) -> None:
         """The store did not answer."""
-        self.counts["store"] += 1
+        self._heed(error)
         session.fill({})
         if self.empties:
             session.is_cut = True
@@ -225,6 +237,7 @@ class StoredSessions(Sessions):
             if isinstance(reply, StoreError):
                 self._fail(session, reply)
                 return
+            self._heed(None)
             if reply is not None:
                 version = reply.version
                 text = read_text(reply.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Self
 
 from gatekeeper.commands import anobody, arun, nobody, run
 from gatekeeper.errors import SessionError, StoreError
@@ -106,6 +106,16 @@ class Session(MutableMapping[str, Any]):
 
     def clear(self) -> None:
         self.data.clear()
+
+    def copy(self) -> dict[str, Any]:
+        return self.data.copy()
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.data, **other}
+
+    def __ior__(self, other: Mapping[str, Any]) -> Self:
+        self.update(other)
+        return self
 
     @property
     def data(self) -> dict[str, Any]:

@@ -210,8 +210,14 @@ def resolved(text: str) -> str:
         return text
     found = os.environ.get(text.removeprefix("env:"))
     if not found:
-        raise ValueError("expected the name of an environment variable that is set, behind env:")
+        raise ValueError(f"expected the environment variable {_shown(text)} to be set")
     return found
+
+
+def _shown(text: str) -> str:
+    """The name of a variable, if it is one: else it may be a secret."""
+    name = text.removeprefix("env:")
+    return name if re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name) else "named behind env:"
 
 
 def store_url(text: str) -> str:

@@ -89,6 +89,7 @@ class SessionInterface(FlaskSessionInterface):
     def __init__(self, keeper: Keeper | Settings | Mapping[str, Any] | None = None) -> None:
         self._given = keeper
         self._flows: WeakKeyDictionary[Flask, Sessions] = WeakKeyDictionary()
+        self._keepers: WeakKeyDictionary[Flask, Keeper] = WeakKeyDictionary()
 
     def flow(self, app: Flask) -> Sessions:
         """What loads and saves the sessions of an application. Raises SettingsError, KeyRingError."""
@@ -101,6 +102,7 @@ class SessionInterface(FlaskSessionInterface):
             if given.sessions is None:
                 raise SettingsError(["session: expected a [session] in the settings"])
             flow = self._flows[app] = _fitted(given.sessions.flow, app)
+            self._keepers[app] = given
         return flow
 
     def open_session(self, app: Flask, request: Request) -> Session:
@@ -115,7 +117,9 @@ class SessionInterface(FlaskSessionInterface):
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         assert isinstance(session, Session)
         if session.is_loaded and session.failure is None:
-            session.persistent = session.permanent
+            # As Flask has it: until the browser ends, unless it is permanent; or as the policy says, if it does.
+            said = session.held.get("_permanent")
+            session.persistent = bool(said) if said is not None or not self._says_persistent(app) else None
             if not app.config["SESSION_REFRESH_EACH_REQUEST"] and session.now() is None:
                 session.renews = False
         try:
@@ -134,6 +138,11 @@ class SessionInterface(FlaskSessionInterface):
                 response.vary.add(text.decode("ascii"))
             else:
                 response.headers.add("Set-Cookie", text.decode("ascii"))
+
+    def _says_persistent(self, app: Flask) -> bool:
+        keeper = self._keepers.get(app)
+        session = None if keeper is None else keeper.settings.session
+        return session is not None and "persistent" in session.cookie.model_fields_set
 
 
 def adapted(app: Flask, settings: Settings) -> Settings:
