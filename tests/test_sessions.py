@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatekeeper.commands import SessionCommand, nobody, run
+from gatekeeper.commands import Load, SessionCommand, nobody, run
 from gatekeeper.errors import SessionError, StoreError
 from gatekeeper.http.message import ScopeRequest
 from gatekeeper.keys import Key, KeyState, Ring
@@ -732,6 +732,91 @@ class TestTokens:
         clock.advance(5)
         browsers[1].write(sub="7")
         assert browsers[1].read() == {"sub": "7"}, "who logs in again is in again"
+
+    def test_a_late_write_brings_back_no_session_that_was_revoked(
+        self, tokens: Callable[..., TokenSessions], store: Counting, clock: Clock
+    ) -> None:
+        """A request that was on its way as all sessions of its user were revoked is told of none."""
+        flow = tokens(store=store)
+        browser = Browser(flow)
+        browser.write(sub="7")
+        clock.advance(5)
+        late = browser.begin()
+        late["late"] = True
+        clock.advance(5)
+        run(flow.revoke("7"), nobody)
+        clock.advance(5)
+        browser.end(late)
+        assert late.is_gone
+        assert browser.jar == {}
+        browser.write(sub="7")
+        assert browser.read() == {"sub": "7"}, "who logs in again is in again"
+
+    def test_a_session_that_is_revoked_while_it_is_written_is_revoked(
+        self, tokens: Callable[..., TokenSessions], store: Counting, clock: Clock
+    ) -> None:
+        """A write that has asked a moment before makes no token that is younger than the revocation."""
+        flow = tokens(store=store)
+        browser = Browser(flow)
+        browser.write(sub="7")
+        clock.advance(5)
+        late = browser.begin()
+        late["late"] = True
+        steps = flow.save(late)
+        assert isinstance(next(steps), Load)
+        assert isinstance(steps.send(None), Load)
+        clock.advance(5)
+        run(flow.revoke("7"), nobody)
+        with pytest.raises(StopIteration) as written:
+            steps.send(None)
+        field = dict(written.value.value)[b"set-cookie"].decode()
+        browser.jar["__Host-session"] = field.partition(";")[0].partition("=")[2]
+        assert browser.read() == {}
+
+    def test_one_that_was_ended_stays_so_though_another_request_made_it_live_longer(
+        self, tokens: Callable[..., TokenSessions], store: Counting, clock: Clock
+    ) -> None:
+        """What says that it is revoked lasts as long as any token of it can."""
+        flow = tokens(store=store)
+        flow.lives = lambda data, seen: data.get("life", IDLE)
+        browser = Browser(flow)
+        browser.write(sub="7")
+        ending = browser.begin()
+        ending.end()
+        browser.write(life=ABSOLUTE)
+        kept = dict(browser.jar)
+        browser.end(ending)
+        clock.advance(IDLE + 1)
+        browser.jar = kept
+        assert browser.read() == {}
+
+    def test_a_session_may_be_written_twice_though_its_user_s_were_revoked_before(
+        self, tokens: Callable[..., TokenSessions], store: Counting, clock: Clock
+    ) -> None:
+        """Some frameworks save it as somebody logs in, and again with the response."""
+        flow = tokens(store=store)
+        run(flow.revoke("7"), nobody)
+        clock.advance(5)
+        browser = Browser(flow)
+        session = browser.begin()
+        session["sub"] = "7"
+        browser.end(session)
+        session["more"] = True
+        browser.end(session)
+        assert browser.read() == {"sub": "7", "more": True}
+
+    def test_a_clock_that_is_behind_takes_back_no_revocation(
+        self, tokens: Callable[..., TokenSessions], store: Counting, clock: Clock
+    ) -> None:
+        """Of two servers that revoke a user's sessions the later time holds."""
+        flow = tokens(store=store)
+        browser = Browser(flow)
+        browser.write(sub="7")
+        run(flow.revoke("7"), nobody)
+        clock.advance(-30)
+        run(flow.revoke("7"), nobody)
+        clock.advance(30)
+        assert browser.read() == {}
 
     def test_without_a_store_revoking_says_what_is_missing(self, tokens: Callable[..., TokenSessions]) -> None:
         with pytest.raises(SessionError, match=r"session\.store"):

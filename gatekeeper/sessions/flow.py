@@ -204,6 +204,11 @@ class Sessions:
         self.counts[reason] += 1
         session.fill({})
 
+    def _lose(self, session: Session) -> None:
+        """It was ended elsewhere, or has expired, since it was read."""
+        self.counts["gone"] += 1
+        session.is_gone = True
+
 
 class StoredSessions(Sessions):
     """Sessions of which the client has an id, signed, and a store the rest, by the hash of the id.
@@ -406,11 +411,6 @@ class StoredSessions(Sessions):
             text = None if record is None else read_text(record.data)
         return None if text is None or text.moved is not None else (key, record.version, text)
 
-    def _lose(self, session: Session) -> None:
-        """It was ended elsewhere, or has expired, since it was read."""
-        self.counts["gone"] += 1
-        session.is_gone = True
-
     def _known(self, session: Session) -> str | None:
         """The id that came, if we signed it. Of several the first that is ours: others may have been planted."""
         signer = self._signer()
@@ -488,24 +488,37 @@ class TokenSessions(Sessions):
 
     def _is_revoked(self, session: Session, id: str, owner: str | None, seen: int) -> Steps[bool]:
         """Whether it is, or cannot be told: then the session is settled already."""
+        try:
+            is_marked = yield from self._is_marked(id, owner, seen)
+        except StoreError as error:
+            if not session.is_loaded:
+                self._fail(session, error)
+            return True
+        if is_marked and not session.is_loaded:
+            self._reject(session, "revoked")
+        return session.is_loaded
+
+    def _is_marked(self, id: str, owner: str | None, seen: int) -> Steps[bool]:
+        """Whether a token written at `seen` is revoked, by its id or with all of its owner's. Raises StoreError."""
         assert self.store is not None
         keys = [_digest(f"sid:{id}")] + ([_digest(f"user:{owner}")] if owner is not None else [])
         for key in keys:
-            reply = yield Load(self.store, key)
-            if session.is_loaded:
-                return True
-            if isinstance(reply, StoreError):
-                self._fail(session, reply)
-                return True
+            reply = _raised((yield Load(self.store, key)))
             text = None if reply is None else read_text(reply.data)
             if text is not None and (key is keys[0] or seen <= text.seen):
-                self._reject(session, "revoked")
                 return True
         return False
 
     def _write(self, session: Session, changed: bool) -> Steps[Fields]:
         now = self._now()
-        left = self._left(session.before(), session.born, now)
+        if self.store is not None and session.id is not None:
+            # What is revoked from here on is not older than the new token, and ends that as well.
+            owner, seen = self.owner(session.before()), max(session.seen, session.not_before)
+            if (yield from self._is_marked(session.id, owner, seen)):
+                self._lose(session)
+                return dropped(self.cookie, session.came) if session.source == "cookie" else []
+        # Another request may have written it with a longer life; but no token of it outlives `absolute`.
+        left = max(1, session.born + self.absolute - now)
         rotates = session.is_rotated or self._changes_hands(session)
         if self._is_login(session, session.held):
             session.born = 0
@@ -518,7 +531,7 @@ class TokenSessions(Sessions):
             if not session.is_kept:
                 session.written({}, None)
                 return dropped(self.cookie, session.came) if session.came and session.source == "cookie" else []
-        token = self.token(session)
+        token = self.token(session, now)
         session.written(session.held, None)
         if session.source == "bearer":
             self.warn(
@@ -529,7 +542,8 @@ class TokenSessions(Sessions):
 
     def token(self, session: Session, now: int | None = None) -> str:
         """The session as it is now, as a token. Raises SessionError for one that is too long."""
-        now = max(self._now(), session.not_before)
+        now = max(self._now() if now is None else now, session.not_before)
+        session.seen = now
         session.born = session.born or now
         if session.id is None:
             session.id = urlsafe_b64encode(self._draw(16)).rstrip(b"=").decode("ascii")
@@ -567,13 +581,16 @@ class TokenSessions(Sessions):
 
     def _mark(self, key: str, now: int, ttl: int) -> Steps[None]:
         assert self.store is not None
-        text = write_text(Text({}, now, now, None, None))
         version = None
         for _ in range(_ATTEMPTS):
+            text = write_text(Text({}, now, now, None, None))
             reply = _raised((yield Save(self.store, key, text, version=version, ttl=ttl)))
             if isinstance(reply, int):
                 return
             version = None if reply is None else reply.version
+            theirs = None if reply is None else read_text(reply.data)
+            if theirs is not None:  # a clock that is behind takes nothing back
+                now = max(now, theirs.seen)
         raise StoreError("the revocation was changed by other requests again and again")
 
 
