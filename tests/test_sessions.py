@@ -468,6 +468,20 @@ class TestStored:
         assert browser.jar == jar, "it is told nothing of an id that it does not know"
         assert browser.read() == {"a": 1, "late": True}
 
+    def test_a_renewal_during_the_grace_does_not_bring_the_old_id_back(
+        self, stored: Callable[..., StoredSessions], clock: Clock
+    ) -> None:
+        """A request that changed nothing has nothing to tell a client that was given a new id meanwhile."""
+        browser = Browser(stored(grace=10))
+        browser.write(a=1)
+        clock.advance(IDLE / 2)
+        late = browser.begin()
+        assert late["a"] == 1
+        browser.request(lambda session: session.rotate())
+        assert browser.end(late) == ["vary"]
+        clock.advance(11)
+        assert browser.read() == {"a": 1}
+
     def test_a_user_s_sessions_are_listed_with_when_they_were_seen_and_their_label(
         self, stored: Callable[..., StoredSessions], clock: Clock
     ) -> None:

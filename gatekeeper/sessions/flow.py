@@ -334,11 +334,11 @@ class StoredSessions(Sessions):
                 session.written(data, reply)
                 return True
             if reply is not None:
-                if not changed:
-                    return True  # another request has renewed it
                 found = yield from self._follow(session.key, reply)
                 if found is not None:
                     session.is_moved = session.is_moved or found[0] != session.key
+                    if not changed:
+                        return True  # another request has renewed it, or told the client its new id
                     session.key, session.version, theirs = found
                     data = session.merged(theirs.data)
                     continue
