@@ -82,13 +82,13 @@ class GatekeeperMiddleware:
         scope["gatekeeper"] = ticket
         if ticket.session is not None:
             scope["session"] = ticket.session
-            if loading is not None:
-                await loading
         if kind == "websocket" and (rules := gate.message_rules(ticket)):
             ticket.incoming = receive
             receive = _Messages(keeper, ticket, rules).receive
         token = CURRENT.set(ticket) if IN_USE else None
         try:
+            if loading is not None:
+                await loading
             await self.app(scope, receive, ticket.forward)
         except Limited as limited:
             if not ticket.replaced:

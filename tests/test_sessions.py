@@ -468,6 +468,39 @@ class TestStored:
         assert browser.jar == jar, "it is told nothing of an id that it does not know"
         assert browser.read() == {"a": 1, "late": True}
 
+    @pytest.mark.parametrize("at_once", [True, False], ids=["as it is rotated", "after it"])
+    def test_a_grace_leads_nobody_to_who_has_logged_in_since(
+        self, stored: Callable[..., StoredSessions], at_once: bool
+    ) -> None:
+        """An id that was planted is worth nothing, though requests with it may be on their way."""
+        flow = stored(grace=10)
+        browser, thief = Browser(flow), Browser(flow)
+        thief.write(a=1)
+        browser.jar = dict(thief.jar)
+        session = browser.begin()
+        if not at_once:  # as Django does
+            session.rotate()
+            browser.end(session)
+        session["sub"] = "7"
+        browser.end(session)
+        assert thief.read() == {}
+        assert browser.read() == {"a": 1, "sub": "7"}
+
+    def test_an_old_id_is_traded_for_no_new_one_during_the_grace(
+        self, stored: Callable[..., StoredSessions], clock: Clock
+    ) -> None:
+        """Who stole an id that was rotated has it for as long as the grace is, and its owner keeps the session."""
+        flow = stored(grace=10)
+        browser, thief = Browser(flow), Browser(flow)
+        browser.write(sub="7")
+        thief.jar = dict(browser.jar)
+        browser.request(lambda session: session.rotate())
+        thief.request(lambda session: session.rotate())
+        assert browser.read() == {"sub": "7"}
+        clock.advance(11)
+        assert thief.read() == {}
+        assert browser.read() == {"sub": "7"}
+
     def test_a_renewal_during_the_grace_does_not_bring_the_old_id_back(
         self, stored: Callable[..., StoredSessions], clock: Clock
     ) -> None:

@@ -234,7 +234,7 @@ class StoredSessions(Sessions):
             return
         key = first = _digest(found)
         text: Text | None = None
-        version = 0
+        version, owner = 0, None
         for _ in range(2):  # it may have moved
             reply = yield Load(self.store, key)
             if session.is_loaded:
@@ -248,7 +248,9 @@ class StoredSessions(Sessions):
                 text = read_text(reply.data)
             if reply is None or text is None or text.moved is None:
                 break
-            key, text = text.moved, None
+            key, owner, text = text.moved, self.owner(text.data), None
+        if text is not None and key != first and self.owner(text.data) != owner:
+            text = None  # who has logged in since is not who had that id: it may have been planted
         if text is None:
             self._reject(session, "unknown")
             return
@@ -274,7 +276,8 @@ class StoredSessions(Sessions):
         if session.key is None:
             session.born = now
             yield from self._begin(session, session.held, (yield from self._put(session, session.held, now)), now)
-        elif session.is_rotated or self._changes_hands(session):
+        elif self._changes_hands(session) or (session.is_rotated and not session.is_moved):
+            # (Who has an old id gets no new one by it: the session has one already, and not everybody may know it.)
             if not (yield from self._rotate(session, now)):
                 return dropped(self.cookie)
         else:
@@ -349,7 +352,8 @@ class StoredSessions(Sessions):
     def _rotate(self, session: Session, now: int) -> Steps[bool]:
         """Give it a new id. False if it is gone.
 
-        The old one is dead before there is a new one; with a grace, it leads there for a while.
+        The old one is dead before there is a new one; with a grace, it leads there for a while, as long as the
+        session belongs to whom it belonged.
         """
         old, known, data = session.key, session.version, session.held
         assert old is not None
@@ -365,9 +369,11 @@ class StoredSessions(Sessions):
                 data = session.merged(theirs.data)
             yield from self._begin(session, data, (yield from self._put(session, data, now)), now)
             return True
+        before = session.before()
+        whose = {self.user: before[self.user]} if self.user in before else {}
         id, key, version = yield from self._put(session, data, now)
         for _ in range(_ATTEMPTS):
-            pointer = write_text(Text({}, session.born, now, None, key))
+            pointer = write_text(Text(whose, session.born, now, None, key))
             reply = _raised((yield Save(self.store, old, pointer, version=known, ttl=self.grace)))
             if isinstance(reply, int):
                 yield from self._begin(session, data, (id, key, version), now)
