@@ -111,6 +111,8 @@ def ticket_for(scope: Any, keeper: Gatekeeper | None) -> Ticket:
 def new_ticket(scope: Any, keeper: Gatekeeper) -> OwnTicket:
     made = OwnTicket(scope)
     made.keeper = keeper
+    # On the instance, for what only its class has takes longer to read.
+    made.rules, made.spared, made.response = (), False, None
     keeper.gate.identify(made)
     return made
 
