@@ -160,6 +160,8 @@ class Home:
         ticket = FlaskTicket(environ)
         ticket.home = self
         ticket.start_response = start_response
+        # On the instance, for what only its class has takes longer to read.
+        ticket.waiting, ticket.told = False, None
         if "gatekeeper.ticket" in environ:
             ticket.outer = environ["gatekeeper.ticket"]
             if ticket.outer.under(gate) is not None:
@@ -202,7 +204,10 @@ class Home:
     def hook(self, *context: Any) -> Any:
         """Flask's `preprocess_request`, which runs the `before_request` functions, and its result."""
         ticket = CURRENT.get()
-        if not isinstance(ticket, FlaskTicket) or not ticket.waiting or ticket.native is not request.environ:
+        # (Whether None is of a class of a protocol takes longer to find out than to decide a request.)
+        if ticket is None or not isinstance(ticket, FlaskTicket):
+            return self._preprocess(*context)
+        if not ticket.waiting or ticket.native is not request.environ:
             return self._preprocess(*context)
         if ticket.steps is None and not ticket.refused:
             self._route(ticket)
