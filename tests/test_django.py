@@ -44,6 +44,8 @@ from gatekeeper_django import GatekeeperMiddleware, Limited, limit
 from tests.scenarios import A, Ask, B
 from tests.servers import ask_asgi, ask_wsgi
 
+pytestmark = pytest.mark.usefixtures("gatekeeper_fresh")  # what is left is told to the second
+
 JSON = "application/problem+json"
 
 

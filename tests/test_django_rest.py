@@ -30,6 +30,8 @@ from gatekeeper_django.rest import GatekeeperThrottle
 from tests.scenarios import A, B
 from tests.test_django import BOTH, client, heard, logged, site
 
+pytestmark = pytest.mark.usefixtures("gatekeeper_fresh")  # what is left is told to the second
+
 
 class Token(BaseAuthentication):
     """Who shows a token is its user."""

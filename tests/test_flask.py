@@ -44,6 +44,8 @@ from gatekeeper_flask.home import MOST_PREFIXES, FlaskTicket
 A, B = {"REMOTE_ADDR": "192.0.2.1"}, {"REMOTE_ADDR": "198.51.100.2"}
 """Two clients."""
 
+pytestmark = pytest.mark.usefixtures("gatekeeper_fresh")  # what is left is told to the second
+
 DEFAULT = {"limits": [{"name": "default", "rate": "2/minute"}]}
 
 
@@ -375,7 +377,8 @@ class Remote:
 
 def test_a_rule_that_denies_without_its_store_is_a_503_that_handlers_see() -> None:
     app = bare()
-    gk = Gatekeeper(app, {"limits": [{"name": "a", "rate": "1/minute", "on_error": "deny"}]}, store=Remote())
+    gk = Gatekeeper(app, {"limits": [{"name": "a", "rate": "1/minute", "on_error": "deny"}]})
+    gk.keeper.use(Remote())
     app.add_url_rule("/x", view_func=gk.limit("5/minute", on_error="deny")(lambda: "x"), endpoint="x")
     app.register_error_handler(503, lambda error: (f"down {error.retry_after}", 503))
     client = app.test_client()
