@@ -943,6 +943,17 @@ JSON = st.recursive(
 )
 
 
+def test_sessions_that_no_other_process_reads_are_warned_of() -> None:
+    for session, told in (
+        ({"kind": "store"}, True),
+        ({"kind": "store", "store": "memory://"}, True),
+        ({"kind": "store", "store": "sqlite:////var/lib/shop.db"}, False),
+        ({"kind": "token"}, False),
+    ):
+        found = warnings(load_settings({"keys": ["k" * 40], "session": session}))
+        assert any(line.startswith("session.store: memory") for line in found) is told, session
+
+
 SECTIONS = [
     "enabled", "keys", "store", "access", "identity", "limits", "response", "session", "listen", "pools", "routes", "zzz",
 ]  # fmt: skip

@@ -438,6 +438,13 @@ def warnings(settings: Settings, workers: int | None = None) -> list[str]:
     workers = settings.listen.workers if workers is None else workers
     if workers > 1 and settings.store.url is not None and store_scheme(settings.store.url) == "memory":
         found.append(f"store.url: each of {workers} workers counts in memory of its own; without a url they share")
+    session = settings.session
+    if (
+        session is not None
+        and session.kind == "store"
+        and (session.store or settings.store.url or "memory://") == "memory://"
+    ):
+        found.append("session.store: memory is each process's own, and ends with it: no other reads these sessions")
     identity = settings.identity
     if identity.user is None:
         keyed = [
