@@ -334,13 +334,19 @@ class Gate:
         return tuple(rule for rule in rules if rule.digest not in vouched.charged)
 
     def vouch(self, ticket: Ticket) -> bytes | None:
-        """What to tell an upstream of the client in the field Gatekeeper-Identity; None if it is told nothing."""
+        """What to tell an upstream of the client in the field Gatekeeper-Identity; None if it is told nothing.
+
+        Nor is it told of a user whose claims no field can hold: it finds out for itself. That is counted.
+        """
         if self.vouching is None:
             return None
         claims = {name: ticket.claims[name] for name in self._claims if name in ticket.claims}
-        return self.vouching.write(ticket, ticket.user, claims, [rule.digest for rule in ticket.rules]).encode(
-            "ascii"
-        )
+        charged = [rule.digest for rule in ticket.rules]
+        try:
+            return self.vouching.write(ticket, ticket.user, claims, charged).encode("ascii")
+        except ValueError:  # they are of a session, or of a provider's token: the user may have chosen them
+            self.failures["identity"] += 1
+            return None
 
     def _look_up(self, ticket: Ticket) -> bool:
         """Whether the client's network is denied; the ticket learns whether it is allowed, which outweighs that."""

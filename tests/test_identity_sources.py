@@ -158,6 +158,16 @@ class TestVouched:
         direct = Ask(raw="/page", headers=[("Cookie", cookie)], peer=CLIENT)
         assert [ask(direct).status for _ in range(3)] == [200, 200, 429]
 
+    @pytest.mark.parametrize("plan", ["x" * 8000, "x" * 40_000, "\ud800"], ids=["long", "longer", "no character"])
+    def test_of_claims_that_no_field_can_hold_nothing_is_told(self, plan: str) -> None:
+        """The request goes on, and its application asks for itself."""
+        gateway = self.gateway()
+        ticket = type("Both", (ScopeRequest, Ticket), {})(scope())
+        assert run(gateway.gate.admit(ticket), gateway.ask) == 0
+        ticket.user, ticket.claims = "7", {"plan": plan}
+        assert gateway.gate.vouch(ticket) is None
+        assert gateway.gate.failures["identity"] == 1
+
     @kinds
     def test_a_rule_that_the_gateway_does_not_have_is_charged(self, kind: str) -> None:
         more = {

@@ -15,6 +15,9 @@ FIELD: Final = "gatekeeper-identity"
 LIFE: Final = 30
 """The seconds for which a voucher is good: as long as a request may be on its way."""
 
+LONGEST: Final = 8000
+"""The characters that a voucher may have: some servers refuse a request with a field of 8 KiB."""
+
 PURPOSE: Final = "identity"
 TYPE: Final = "gki+jwt"
 
@@ -46,14 +49,17 @@ class Vouchers:
         self._clock = clock
 
     def write(self, request: Request, user: str | None, claims: Mapping[str, Any], charged: Iterable[str]) -> str:
-        """A voucher for a request. Raises ValueError for claims that JSON cannot hold."""
+        """A voucher for a request. Raises ValueError for claims that JSON cannot hold, or that are too many."""
         now = int(self._clock())
         told: dict[str, Any] = {"exp": now + LIFE, "req": _digest(request), "charged": list(charged)}
         if user is not None:
             told["sub"] = user
         if claims:
             told["claims"] = dict(claims)
-        return self._tokens.seal(told, now)
+        voucher = self._tokens.seal(told, now)
+        if len(voucher) > LONGEST:
+            raise ValueError(f"expected claims that make a voucher of at most {LONGEST} characters")
+        return voucher
 
     def read(self, request: Request) -> Vouched | None:
         """What is vouched for a request; None for one without a voucher. Raises TokenError for a wrong one."""
