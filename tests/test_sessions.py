@@ -332,6 +332,22 @@ class TestEachKind:
         assert browser.read() == {"cart": 1, "sub": "7"}
         assert "sub" not in thief.read()
 
+    def test_cookies_that_are_repeated_are_not_looked_through_for_each(self, flow: Sessions) -> None:
+        """A client could keep a server busy for seconds with 32 KB of them."""
+
+        class Counted(list[str]):
+            looks = 0
+
+            def __iter__(self) -> Iterator[str]:
+                self.looks += 1
+                return super().__iter__()
+
+        parts = [f"__Host-session.{place}=x" for place in range(1, 8)]
+        came = Counted(["; ".join(["__Host-session=8~"] * 1000 + parts)])
+        session = Session(flow, came, blocking=True)
+        assert dict(session) == {}
+        assert came.looks <= 1 + len(parts)
+
 
 class TestStored:
     def test_a_store_that_fails_and_comes_back_is_told_once_each(

@@ -46,8 +46,10 @@ class Cookie(NamedTuple):
 def joined(cookie: Cookie, came: Sequence[str]) -> Iterator[str]:
     """What came in cookies of that name, those of several parts put together.
 
-    `came`: the values of the Cookie fields. A part that is missing, or there twice, makes them nothing.
+    `came`: the values of the Cookie fields. A part that is missing, or there twice, makes them nothing. Each is
+    looked for once, however many cookies of that name there are.
     """
+    behind: dict[int, list[str]] = {}
     for value in cookies(came, cookie.name):
         match = _PARTS.fullmatch(value)
         if match is None:
@@ -55,10 +57,11 @@ def joined(cookie: Cookie, came: Sequence[str]) -> Iterator[str]:
             continue
         parts = [match[2]]
         for place in range(1, int(match[1])):
-            found = list(cookies(came, f"{cookie.name}.{place}"))
-            if len(found) != 1:
+            if place not in behind:
+                behind[place] = list(cookies(came, f"{cookie.name}.{place}"))
+            if len(behind[place]) != 1:
                 break
-            parts += found
+            parts += behind[place]
         else:
             yield "".join(parts)
 

@@ -7,6 +7,7 @@ from base64 import urlsafe_b64encode
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Any, Final
 
 from itsdangerous import BadSignature, Signer
@@ -151,6 +152,10 @@ class Sessions:
 
     def _write(self, session: Session, changed: bool) -> Steps[Fields]:
         raise NotImplementedError
+
+    def _carried(self, session: Session) -> list[str]:
+        """What came of it in cookies. Those that a client repeats are not all put together."""
+        return list(islice(joined(self.cookie, session.came), _MOST_TRIED))
 
     def _cookie_of(self, session: Session) -> Cookie:
         persistent = session.persistent
@@ -420,7 +425,7 @@ class StoredSessions(Sessions):
     def _known(self, session: Session) -> str | None:
         """The id that came, if we signed it. Of several the first that is ours: others may have been planted."""
         signer = self._signer()
-        for value in list(joined(self.cookie, session.came))[:_MOST_TRIED]:
+        for value in self._carried(session):
             if all(map(is_canonical, value.split("."))):
                 with suppress(BadSignature, UnicodeError):
                     return signer.unsign(value).decode("ascii")
@@ -458,9 +463,7 @@ class TokenSessions(Sessions):
         return super().open(request, blocking=blocking)
 
     def _read(self, session: Session) -> Steps[None]:
-        values = (
-            session.came if session.source == "bearer" else list(joined(self.cookie, session.came))[:_MOST_TRIED]
-        )
+        values = session.came if session.source == "bearer" else self._carried(session)
         reason, claims = "unknown", None
         for value in values:
             try:
