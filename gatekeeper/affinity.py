@@ -101,7 +101,7 @@ class _Known:
             for id in ids:
                 its_id = _tag(key, "upstream", pool, id)[:_UPSTREAM]
                 self.ids[its_id] = id, is_old
-                if key is ring.active:
+                if key.state is KeyState.ACTIVE:  # not `ring.active`, which may be of other keys by now
                     self.prefixes[id] = its_pool + its_id
 
 

@@ -209,6 +209,15 @@ class TestRotation:
         assert found == Pin("b", NOW + TTL, NOW + TTL // 2)
         assert opened(behind.seal("b", NOW), made=ahead) == "b"
 
+    def test_pins_are_written_while_the_keys_are_being_replaced(self) -> None:
+        """A thread that finds the new keys, and not yet which of them signs, is given a pin that holds."""
+        ring, new = Ring([key("k1")]), key("k2")
+        ring.keys = (new, key("k1", KeyState.RETIRING))  # as far as `replace` has come
+        made = pins(ring=ring)
+        text = made.seal("a", NOW)
+        ring.replace(ring.keys)
+        assert opened(text, made=made) == "a"
+
     def test_a_revoked_keys_pins_are_forged_though_they_were_seen(self) -> None:
         """What was verified is forgotten with the key that verified it; a ring that changes back is believed again."""
         ring = Ring([key("k1")])
