@@ -80,8 +80,8 @@ class Keys:
             try:
                 status = Path(entry.key.removeprefix("file:")).stat()
                 found.append((status.st_mtime_ns, status.st_size, status.st_ino))
-            except OSError as error:
-                found.append(error.errno)
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+                found.append(getattr(error, "errno", None))
         return found
 
     def __call__(self) -> float:
@@ -129,7 +129,7 @@ def exposed(entries: Sequence[KeySettings]) -> list[str]:
         if entry.key.startswith("file:"):
             try:
                 mode = Path(entry.key.removeprefix("file:")).stat().st_mode
-            except OSError:
+            except (OSError, ValueError):
                 continue
             if mode & (stat.S_IRWXG | stat.S_IRWXO) & ~stat.S_IXGRP & ~stat.S_IXOTH:
                 found.append(f"keys[{place}]: others than its owner may read the file (chmod 600)")

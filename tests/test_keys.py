@@ -149,6 +149,11 @@ class TestSettings:
         again = self.ring(["env:NEW"])
         assert again.active.id == ring.active.id, "the id of a secret is the same in each process"
 
+    def test_a_path_that_no_file_has_is_wrong_settings(self) -> None:
+        """It is told with all else that is wrong."""
+        with pytest.raises(SettingsError, match=r"keys\[0\]"):
+            Gatekeeper({"keys": ["file:keys\0.json"], "session": {"kind": "store"}})
+
     def test_a_secret_may_stand_in_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "key").write_text(os.urandom(32).hex() + "\n")
         assert self.ring(f"file:{tmp_path}/key").active.algorithm == "HS256"
