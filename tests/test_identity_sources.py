@@ -158,6 +158,14 @@ class TestVouched:
         direct = Ask(raw="/page", headers=[("Cookie", cookie)], peer=CLIENT)
         assert [ask(direct).status for _ in range(3)] == [200, 200, 429]
 
+    @kinds
+    def test_a_question_mark_within_a_path_is_not_where_its_query_begins(self, kind: str) -> None:
+        """Else it would be good for two requests."""
+        gateway, ask = self.gateway(), home(kind, Gatekeeper(self.SETTINGS))
+        told = through(gateway, ScopeRequest(scope("/page?a=1", cookie=self.cookie(gateway, sub="7"))))
+        assert ask(self.asked(told, "/page?a=1?")).body == b"None"
+        assert ask(self.asked(told, "/page%3Fa=1")).body == b"7"
+
     @pytest.mark.parametrize("plan", ["x" * 8000, "x" * 40_000, "\ud800"], ids=["long", "longer", "no character"])
     def test_of_claims_that_no_field_can_hold_nothing_is_told(self, plan: str) -> None:
         """The request goes on, and its application asks for itself."""

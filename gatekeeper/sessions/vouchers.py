@@ -78,5 +78,6 @@ class Vouchers:
 
 
 def _digest(request: Request) -> str:
-    text = f"{request.method} {request.path}?{request.query()}"
+    # With its length: a path is decoded, and may have a question mark of its own.
+    text = f"{request.method} {len(request.path)} {request.path}?{request.query()}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
