@@ -868,6 +868,39 @@ class TestTokens:
         browser.end(session)
         assert browser.read() == {"sub": "7", "more": True}
 
+    def test_who_logs_in_as_all_sessions_are_revoked_is_in(
+        self, tokens: Callable[..., TokenSessions], store: Counting, clock: Clock
+    ) -> None:
+        """As with a new password: all others are out, and the one who gave it is let in at once."""
+        flow = tokens(store=store)
+        before, browser = Browser(flow), Browser(flow)
+        before.write(sub="7")
+        session = browser.begin()
+        run(flow.revoke("7"), nobody)
+        session["sub"] = "7"
+        browser.end(session)
+        assert before.read() == {}
+        assert browser.read() == {"sub": "7"}
+        clock.advance(2)
+        run(flow.revoke("7"), nobody)
+        assert browser.read() == {}
+
+    def test_who_revokes_all_others_stays_though_a_clock_was_ahead(
+        self, tokens: Callable[..., TokenSessions], store: Counting, clock: Clock
+    ) -> None:
+        """Its token is younger than any revocation there was."""
+        flow = tokens(store=store)
+        clock.advance(30)
+        run(flow.revoke("7"), nobody)
+        browser = Browser(flow)
+        browser.write(sub="7")
+        clock.advance(-20)
+        session = browser.begin()
+        assert session["sub"] == "7"
+        run(flow.revoke("7", but=session), nobody)
+        browser.end(session)
+        assert browser.read() == {"sub": "7"}
+
     def test_a_clock_that_is_behind_takes_back_no_revocation(
         self, tokens: Callable[..., TokenSessions], store: Counting, clock: Clock
     ) -> None:

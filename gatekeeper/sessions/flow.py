@@ -518,6 +518,14 @@ class TokenSessions(Sessions):
                 return True
         return False
 
+    def _outlast(self, session: Session) -> Steps[None]:
+        """Who has just logged in is in, though all sessions of that user were revoked in the same second."""
+        if self.store is not None:
+            reply = _raised((yield Load(self.store, _digest(f"user:{self.owner(session.held)}"))))
+            text = None if reply is None else read_text(reply.data)
+            if text is not None:
+                session.not_before = max(session.not_before, text.seen + 1)
+
     def _write(self, session: Session, changed: bool) -> Steps[Fields]:
         now = self._now()
         if self.store is not None and session.id is not None:
@@ -531,6 +539,7 @@ class TokenSessions(Sessions):
         rotates = session.is_rotated or self._changes_hands(session)
         if self._is_login(session, session.held):
             session.born = 0
+            yield from self._outlast(session)
         if session.is_ended or not session.is_kept or rotates:
             if session.id is not None and self.store is not None:
                 yield from self._mark(_digest(f"sid:{session.id}"), now, left)
@@ -582,20 +591,21 @@ class TokenSessions(Sessions):
         if id is not None:
             yield from self._mark(id, now, self.absolute)
         else:
-            yield from self._mark(_digest(f"user:{owner}"), now, self.absolute)
+            until = yield from self._mark(_digest(f"user:{owner}"), now, self.absolute)
             if but is not None:
-                but.not_before = now + 1  # it is written anew, after all those
+                but.not_before = until + 1  # it is written anew, after all those
                 but.renews = True
         return 0
 
-    def _mark(self, key: str, now: int, ttl: int) -> Steps[None]:
+    def _mark(self, key: str, now: int, ttl: int) -> Steps[int]:
+        """Have it revoked, for `ttl` seconds. Up to which second, of all that are of a user."""
         assert self.store is not None
         version = None
         for _ in range(_ATTEMPTS):
             text = write_text(Text({}, now, now, None, None))
             reply = _raised((yield Save(self.store, key, text, version=version, ttl=ttl)))
             if isinstance(reply, int):
-                return
+                return now
             version = None if reply is None else reply.version
             theirs = None if reply is None else read_text(reply.data)
             if theirs is not None:  # a clock that is behind takes nothing back
