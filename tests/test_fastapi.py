@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request, Response, WebSocket
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Form, HTTPException, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
@@ -876,6 +876,48 @@ def test_a_request_that_is_broken_off_gives_up_its_place(make: Make, clock: Virt
     assert asyncio.run(trial()) == [429, 200]
 
 
+def failing(request: Request, error: Exception) -> Response:
+    raise ValueError("a handler that fails")
+
+
+def test_however_a_request_ends_it_gives_up_its_place(make: Make) -> None:
+    """Errors that nobody handles or whose handler fails, invalid input and output, failing background tasks."""
+    app = make(exception_handlers={LookupError: failing})
+    done: list[str] = []
+
+    @app.get("/error", dependencies=[Depends(RateLimit(concurrency=1))])
+    def error() -> str:
+        raise RuntimeError
+
+    @app.get("/handler", dependencies=[Depends(RateLimit(concurrency=1))])
+    async def handler() -> str:
+        raise LookupError
+
+    @app.get("/input", dependencies=[Depends(RateLimit(concurrency=1))])
+    async def invalid(number: int) -> int:
+        return number
+
+    @app.get("/output", dependencies=[Depends(RateLimit(concurrency=1))])
+    async def output() -> int:
+        text: Any = "no number"
+        return text  # type: ignore[no-any-return]
+
+    def later(text: str) -> None:
+        done.append(text)
+        if text == "fail":
+            raise RuntimeError
+
+    @app.get("/tasks/{text}", dependencies=[Depends(RateLimit(concurrency=1))])
+    async def tasks(text: str, background: BackgroundTasks) -> str:
+        background.add_task(later, text)
+        return text
+
+    for path, status in (("/error", 500), ("/handler", 500), ("/input", 422), ("/output", 500), ("/tasks/a", 200)):
+        assert ask(app, path, path, path) == [status] * 3, path
+    assert ask(app, "/tasks/fail", "/tasks/fail", "/tasks/b") == [200] * 3
+    assert done == ["a", "a", "a", "fail", "fail", "b"]
+
+
 async def send(app: Any, path: str, query: bytes = b"", client: tuple[str, int] = A) -> int:
     """The status of a request that is sent as a server would."""
     scope = {
@@ -987,6 +1029,25 @@ def test_a_websocket_is_in_progress_until_it_ends(sockets: FastAPI) -> None:
                 pass
             first.send_text("end")
             assert first.receive()["type"] == "websocket.close"
+
+
+@pytest.mark.parametrize("how", ["before it is accepted", "after it is accepted", "by an error"])
+def test_a_websocket_that_ends_early_gives_up_its_place(make: Make, how: str) -> None:
+    app = make()
+
+    @app.websocket("/held", dependencies=[Depends(RateLimit(concurrency=1))])
+    async def held(websocket: WebSocket) -> None:
+        if how != "before it is accepted":
+            await websocket.accept()
+        if how == "by an error":
+            raise LookupError
+        await websocket.close(4000)
+
+    for _ in range(3):
+        with pytest.raises(LookupError if how == "by an error" else WebSocketDisconnect) as caught:  # noqa: SIM117
+            with TestClient(app, client=A).websocket_connect("/held") as socket:
+                socket.receive_text()
+        assert how == "by an error" or getattr(caught.value, "code", None) == 4000
 
 
 def test_messages_are_limited_by_the_settings_where_the_middleware_is() -> None:
