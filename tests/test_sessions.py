@@ -332,6 +332,22 @@ class TestEachKind:
         assert browser.read() == {"cart": 1, "sub": "7"}
         assert "sub" not in thief.read()
 
+    def test_a_label_is_kept_whenever_it_is_set(self, flow: Sessions) -> None:
+        """Before anything of the session is used, and though nothing else changes."""
+        browser = Browser(flow)
+        browser.write(sub="7")
+        session = browser.begin()
+        session.label = "Firefox"
+        session["more"] = True
+        browser.end(session)
+        assert browser.begin().label == "Firefox"
+        session = browser.begin()
+        assert session["sub"] == "7"
+        session.label = "Chrome"
+        browser.end(session)
+        browser.write(more=False)
+        assert browser.begin().label == "Chrome"
+
     def test_cookies_that_are_repeated_are_not_looked_through_for_each(self, flow: Sessions) -> None:
         """A client could keep a server busy for seconds with 32 KB of them."""
 
@@ -530,6 +546,19 @@ class TestStored:
         assert browser.end(late) == ["vary"]
         clock.advance(11)
         assert browser.read() == {"a": 1}
+
+    def test_a_label_that_another_request_has_set_holds(self, stored: Callable[..., StoredSessions]) -> None:
+        """A request that changes something else leaves it alone."""
+        browser = Browser(stored())
+        browser.write(a=1)
+        late = browser.begin()
+        late["late"] = True
+        session = browser.begin()
+        session.label = "Firefox"
+        browser.end(session)
+        browser.end(late)
+        assert browser.begin().label == "Firefox"
+        assert browser.read() == {"a": 1, "late": True}
 
     def test_a_user_s_sessions_are_listed_with_when_they_were_seen_and_their_label(
         self, stored: Callable[..., StoredSessions], clock: Clock

@@ -111,17 +111,17 @@ class Sessions:
         session.is_written = True
         if not session.is_loaded:
             return []
-        changed = session.now()
+        changed = session.is_changed
         fields: Fields = [_VARY[session.source]] if session.accessed else []
         if session.failure is not None:
             return fields
         if session.is_cut:
-            if changed is not None:
+            if changed:
                 self.warn("a session was changed while its store did not answer: the change is lost")
             return fields
-        if changed is not None or session.is_ended or session.is_rotated or session.renews:
+        if changed or session.is_ended or session.is_rotated or session.renews:
             try:
-                fields += yield from self._write(session, changed is not None)
+                fields += yield from self._write(session, changed)
             except StoreError as error:
                 self._heed(error)
                 if not self.empties:
@@ -139,7 +139,7 @@ class Sessions:
 
     def keep(self, session: Session) -> Steps[None]:
         """Write what was changed since the head was sent, as in a WebSocket, where the client need not be told."""
-        if not session.is_written or session.now() is None:
+        if not session.is_written or not session.is_changed:
             return
         if session.version is None or session.is_ended or session.is_rotated:
             self.warn("a session was changed when its client could not be told any more: the change is lost")
@@ -264,10 +264,10 @@ class StoredSessions(Sessions):
             self._reject(session, "expired")
             return
         session.id, session.key, session.version = found, key, version
-        session.born, session.seen, session.label = text.born, text.seen, text.label
+        session.born, session.seen = text.born, text.seen
         session.is_moved = key != first
         session.renews = self._is_worth_renewing(text.data, text.seen, now)
-        session.fill(text.data)
+        session.fill(text.data, text.label)
 
     def _write(self, session: Session, changed: bool) -> Steps[Fields]:
         now = self._now()
@@ -302,7 +302,7 @@ class StoredSessions(Sessions):
     def _put(self, session: Session, data: dict[str, Any], now: int) -> Steps[tuple[str, str, int]]:
         """A new record: its id, key and version. The id is ours: who planted one that came would know it."""
         ttl, owner = self._left(data, session.born, now), self.owner(data)
-        text = write_text(Text(data, session.born, now, session.label, None))
+        text = write_text(Text(data, session.born, now, session.named, None))
         while True:
             id = urlsafe_b64encode(self._draw(_ID_BYTES)).rstrip(b"=").decode("ascii")
             key = _digest(id)
@@ -331,7 +331,7 @@ class StoredSessions(Sessions):
         data = session.held
         for _ in range(_ATTEMPTS):
             assert session.key is not None
-            text = write_text(Text(data, session.born, now, session.label, None))
+            text = write_text(Text(data, session.born, now, session.named, None))
             ttl = self._left(data, session.born, now)
             owner = self.owner(data)
             reply = _raised(
@@ -348,7 +348,7 @@ class StoredSessions(Sessions):
                     if not changed:
                         return True  # another request has renewed it, or told the client its new id
                     session.key, session.version, theirs = found
-                    data = session.merged(theirs.data)
+                    data = session.merged(theirs)
                     continue
             self._lose(session)
             return False
@@ -371,7 +371,7 @@ class StoredSessions(Sessions):
                 self._lose(session)
                 return False
             if reply.version != known:
-                data = session.merged(theirs.data)
+                data = session.merged(theirs)
             yield from self._begin(session, data, (yield from self._put(session, data, now)), now)
             return True
         before = session.before()
@@ -386,8 +386,8 @@ class StoredSessions(Sessions):
             theirs = None if reply is None else read_text(reply.data)
             if theirs is None or theirs.moved is not None:  # ended, or rotated, by another request
                 break
-            known, data = reply.version, session.merged(theirs.data)
-            text = write_text(Text(data, session.born, now, session.label, None))
+            known, data = reply.version, session.merged(theirs)
+            text = write_text(Text(data, session.born, now, session.named, None))
             ttl, owner = self._left(data, session.born, now), self.owner(data)
             version = _raised((yield Save(self.store, key, text, version=version, ttl=ttl, owner=owner)))
         _raised((yield Delete(self.store, key)))
@@ -491,9 +491,9 @@ class TokenSessions(Sessions):
         if self.store is not None and (yield from self._is_revoked(session, id, self.owner(data), seen)):
             return
         session.id, session.key = id, _digest(f"sid:{id}")
-        session.born, session.seen, session.label = born, seen, label
+        session.born, session.seen = born, seen
         session.renews = self._is_worth_renewing(data, seen, now) or claims.is_old
-        session.fill(copied(data))
+        session.fill(copied(data), label)
 
     def _is_revoked(self, session: Session, id: str, owner: str | None, seen: int) -> Steps[bool]:
         """Whether it is, or cannot be told: then the session is settled already."""
@@ -576,8 +576,8 @@ class TokenSessions(Sessions):
         owner = self.owner(session.held)
         if owner is not None:
             claims["sub"] = owner
-        if session.label is not None:
-            claims["label"] = session.label[:LONGEST_LABEL]
+        if session.named is not None:
+            claims["label"] = session.named[:LONGEST_LABEL]
         try:
             return self._tokens.seal({**claims, "data": session.held}, now)
         except ValueError as error:

@@ -36,8 +36,8 @@ class Session(MutableMapping[str, Any]):
     """
 
     __slots__ = (
-        "_before", "_data", "_flow", "accessed", "blocking", "born", "came", "failure", "id", "is_coming",
-        "is_cut", "is_ended", "is_fresh", "is_gone", "is_moved", "is_rotated", "is_written", "key", "label",
+        "_before", "_data", "_flow", "_label", "accessed", "blocking", "born", "came", "failure", "id", "is_coming",
+        "is_cut", "is_ended", "is_fresh", "is_gone", "is_labelled", "is_moved", "is_rotated", "is_written", "key",
         "not_before", "persistent", "renews", "seen", "source", "stays", "version",
     )  # fmt: skip
 
@@ -54,7 +54,9 @@ class Session(MutableMapping[str, Any]):
         """By what the store knows it: it is no secret, and tells nothing."""
         self.version: int | None = None
         self.born = self.seen = 0
-        self.label: str | None = None
+        self._label: str | None = None
+        self.is_labelled = False
+        """Whether its label was set since it was read."""
         self.is_ended = self.is_rotated = self.is_written = False
         self.is_coming = False
         """Whether it was asked for."""
@@ -166,6 +168,16 @@ class Session(MutableMapping[str, Any]):
         return self._flow.owner(self.data)
 
     @property
+    def label(self) -> str | None:
+        self.data  # noqa: B018
+        return self._label
+
+    @label.setter
+    def label(self, value: str | None) -> None:
+        self.data  # noqa: B018  # else what is read later would take its place
+        self._label, self.is_labelled = value, True
+
+    @property
     def is_new(self) -> bool:
         self.data  # noqa: B018
         return self.id is None
@@ -176,10 +188,21 @@ class Session(MutableMapping[str, Any]):
     def is_loaded(self) -> bool:
         return self._data is not None
 
-    def fill(self, data: dict[str, Any]) -> None:
+    def fill(self, data: dict[str, Any], label: str | None = None) -> None:
         """It was read: this is what it holds."""
         self._data = data
+        self._label, self.is_labelled = label, False
         self._before = encoded(data)
+
+    @property
+    def named(self) -> str | None:
+        """Its label, without a mark that the application has seen it."""
+        return self._label
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether there is something to write. Raises SessionError for what is no JSON."""
+        return self.now() is not None or self.is_labelled
 
     @property
     def held(self) -> dict[str, Any]:
@@ -204,7 +227,7 @@ class Session(MutableMapping[str, Any]):
 
     def written(self, data: dict[str, Any], version: int | None) -> None:
         """It was saved so."""
-        self.fill(data)
+        self.fill(data, self._label)
         self.version = version
         self.is_ended = self.is_rotated = self.renews = False
 
@@ -214,10 +237,12 @@ class Session(MutableMapping[str, Any]):
         self.born = self.seen = 0
         self.is_ended = self.is_rotated = self.is_moved = self.is_fresh = False
 
-    def merged(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    def merged(self, theirs: Text) -> dict[str, Any]:
         """What another request has written, with what was changed here since: by name, and the later save wins."""
+        if not self.is_labelled:
+            self._label = theirs.label
         before, mine = self.before(), self.held
-        merged = dict(theirs)
+        merged = dict(theirs.data)
         for name in before.keys() | mine.keys():
             if name not in mine:
                 merged.pop(name, None)

@@ -67,7 +67,7 @@ class Session(State, SessionMixin):
 
     @property
     def modified(self) -> bool:
-        return self.renews or self.now() is not None
+        return self.renews or self.is_changed
 
     @modified.setter
     def modified(self, value: bool) -> None:
@@ -120,7 +120,7 @@ class SessionInterface(FlaskSessionInterface):
             # As Flask has it: until the browser ends, unless it is permanent; or as the policy says, if it does.
             said = session.held.get("_permanent")
             session.persistent = bool(said) if said is not None or not self._says_persistent(app) else None
-            if not app.config["SESSION_REFRESH_EACH_REQUEST"] and session.now() is None:
+            if not app.config["SESSION_REFRESH_EACH_REQUEST"] and not session.is_changed:
                 session.renews = False
         try:
             fields = run(self.flow(app).save(session), nobody)
