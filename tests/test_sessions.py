@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -546,6 +547,26 @@ class TestStored:
         assert browser.end(late) == ["vary"]
         clock.advance(11)
         assert browser.read() == {"a": 1}
+
+    @pytest.mark.parametrize("grace", [0, 10])
+    def test_no_session_survives_that_is_rotated_as_its_user_s_are_revoked(
+        self, stored: Callable[..., StoredSessions], grace: int
+    ) -> None:
+        """Whichever step of one comes between any two of the other."""
+        for before, between in [(one, two) for one in range(5) for two in range(5)]:
+            flow = stored(grace=grace)
+            browser = Browser(flow)
+            browser.write(sub="7")
+            session = browser.begin()
+            session.rotate()
+            rotation, revocation = flow.save(session), flow.revoke("7")
+            replies: dict[Any, Any] = {}
+            for steps, most in [(rotation, before), (revocation, between), (rotation, 99), (revocation, 99)]:
+                with suppress(StopIteration):
+                    for _ in range(most):
+                        command: Any = cast(Any, steps).send(replies.pop(steps, None))
+                        replies[steps] = flow.store.ask(command)
+            assert run(flow.listed("7"), nobody) == [], (before, between)
 
     def test_a_label_that_another_request_has_set_holds(self, stored: Callable[..., StoredSessions]) -> None:
         """A request that changes something else leaves it alone."""

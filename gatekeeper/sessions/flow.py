@@ -357,26 +357,31 @@ class StoredSessions(Sessions):
     def _rotate(self, session: Session, now: int) -> Steps[bool]:
         """Give it a new id. False if it is gone.
 
-        The old one is dead before there is a new one; with a grace, it leads there for a while, as long as the
-        session belongs to whom it belonged.
+        The client is told it once the old one is dead; with a grace, that leads there for a while, as long as the
+        session belongs to whom it belonged. One of the two is always on its user's list: who ends all that are
+        there misses none.
         """
         old, known, data = session.key, session.version, session.held
         assert old is not None
         if self._is_login(session, data):
             session.born = now
-        if not self.grace:
-            reply = _raised((yield Delete(self.store, old)))
-            theirs = None if reply is None else read_text(reply.data)
-            if theirs is None or theirs.moved is not None:
-                self._lose(session)
-                return False
-            if reply.version != known:
-                data = session.merged(theirs)
-            yield from self._begin(session, data, (yield from self._put(session, data, now)), now)
-            return True
         before = session.before()
         whose = {self.user: before[self.user]} if self.user in before else {}
         id, key, version = yield from self._put(session, data, now)
+        if not self.grace:
+            reply = _raised((yield Delete(self.store, old)))
+            theirs = None if reply is None else read_text(reply.data)
+            if theirs is not None and theirs.moved is None and reply.version != known:
+                data = session.merged(theirs)
+                text = write_text(Text(data, session.born, now, session.named, None))
+                ttl, owner = self._left(data, session.born, now), self.owner(data)
+                version = _raised((yield Save(self.store, key, text, version=version, ttl=ttl, owner=owner)))
+            if theirs is None or theirs.moved is not None or not isinstance(version, int):
+                _raised((yield Delete(self.store, key)))
+                self._lose(session)
+                return False
+            yield from self._begin(session, data, (id, key, version), now)
+            return True
         for _ in range(_ATTEMPTS):
             pointer = write_text(Text(whose, session.born, now, None, key))
             reply = _raised((yield Save(self.store, old, pointer, version=known, ttl=self.grace)))
@@ -406,11 +411,19 @@ class StoredSessions(Sessions):
         return sorted(entries, key=lambda entry: entry.seen, reverse=True)
 
     def revoke(self, owner: str, id: str | None = None, but: Session | None = None) -> Steps[int]:
-        found = _raised((yield Owned(self.store, owner)))
         count = 0
-        for key, _ in found:
-            if (id is None or key == id) and (but is None or key != but.key):
-                count += _raised((yield Delete(self.store, key))) is not None
+        for _ in range(_ATTEMPTS):
+            found = _raised((yield Owned(self.store, owner)))
+            is_settled = True
+            for key, _ in found:
+                if (id is None or key == id) and (but is None or key != but.key):
+                    reply = _raised((yield Delete(self.store, key)))
+                    count += reply is not None
+                    # If it was not there any more, or leads elsewhere, it may have been given a new id meanwhile.
+                    text = None if reply is None else read_text(reply.data)
+                    is_settled = is_settled and text is not None and text.moved is None
+            if is_settled:
+                break
         return count
 
     def _follow(self, key: str, record: Record) -> Steps[tuple[str, int, Text] | None]:
