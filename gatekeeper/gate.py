@@ -102,10 +102,10 @@ class Gate:
     """
 
     __slots__ = (
-        "_access", "_always", "_asks", "_claims", "_direct", "_hashes_user", "_identity", "_leases", "_manner",
-        "_messages", "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "bearer", "failures",
-        "keeper", "off", "pin_cookies", "pin_fields", "reads_body", "reports", "route", "rules", "sessions",
-        "shadowed", "unpinned", "vouchers", "vouching",
+        "_access", "_always", "_asks", "_claims", "_direct", "_hashes_user", "_identity", "_is_usual", "_leases",
+        "_manner", "_messages", "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "bearer",
+        "failures", "keeper", "off", "pin_cookies", "pin_fields", "reads_body", "reports", "route", "rules",
+        "sessions", "shadowed", "unpinned", "vouchers", "vouching",
     )  # fmt: skip
 
     def __init__(
@@ -144,6 +144,7 @@ class Gate:
         """Whose gate this is, for guards that find it by a request's ticket."""
         self._identity = identity
         self._manner = manner
+        self._is_usual = manner.fields and manner.x_ratelimit is None
         self._told = manner.fields or manner.x_ratelimit is not None
         self._access = access
         self._leases = leases
@@ -514,6 +515,10 @@ class Gate:
         `RateLimit` of the charge closest to exhaustion, and `RateLimit-Policy` of all that applied.
         """
         hits = ticket.hits
+        if len(hits) == 1 and self._is_usual and (alone := hits[0][0].alone) is not None:  # type: ignore[attr-defined]
+            verdict = ticket.verdicts[0]
+            seconds = (verdict.reset_ns + 999_999_999) // 1_000_000_000
+            return [(b"ratelimit", alone[0] % (verdict.remaining, seconds)), alone[1]]
         if not hits or not self._told:
             return []
         place, verdicts, rules = 0, ticket.verdicts, ticket.rules
@@ -535,6 +540,15 @@ class Gate:
             self._policies.get(rules) or self._policy(ticket),
             *older,
         ]
+
+    def respond_in_text(self, ticket: Ticket) -> list[tuple[str, str]]:
+        """As `respond`, for homes whose fields are texts."""
+        hits = ticket.hits
+        if len(hits) == 1 and self._is_usual and (alone := hits[0][0].alone_in_text) is not None:  # type: ignore[attr-defined]
+            verdict = ticket.verdicts[0]
+            seconds = (verdict.reset_ns + 999_999_999) // 1_000_000_000
+            return [("ratelimit", alone[0] % (verdict.remaining, seconds)), alone[1]]
+        return [(name.decode(), value.decode()) for name, value in self.respond(ticket)]
 
     def _policy(self, ticket: Ticket) -> tuple[bytes, bytes]:
         key: tuple[Any, ...] = ticket.rules

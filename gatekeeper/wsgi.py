@@ -127,7 +127,7 @@ class _Ticket(EnvironTicket):
             return _discard
         if self.gate.reports:
             headers = self.heed(headers)
-        fields = [(name.decode(), value.decode()) for name, value in self.gate.respond(self)]
+        fields = self.gate.respond_in_text(self)
         if self.session is not None:
             saved = self.save()
             if saved is None:

@@ -101,13 +101,13 @@ class RateLimit:
     """One rate of a rule: the limit that a store counts, and the words for it in fields.
 
     `standin` is the same limit for this process alone, counted while the store does not answer; a stand-in has
-    none itself. `told` is whether clients are told of it. `shadow`, `refusals_last` and `listed` are as
-    `gatekeeper.commands.Limit` says.
+    none itself. `told` is whether clients are told of it; `alone` and `alone_in_text`, in which fields, where it is
+    all that applied. `shadow`, `refusals_last` and `listed` are as `gatekeeper.commands.Limit` says.
     """
 
     __slots__ = (
-        "algorithm", "give", "item", "kind", "lifetime_ns", "listed", "name", "numbers", "policy", "refusals_last",
-        "rule", "shadow", "space", "standin", "step", "told",
+        "algorithm", "alone", "alone_in_text", "give", "item", "kind", "lifetime_ns", "listed", "name", "numbers",
+        "policy", "refusals_last", "rule", "shadow", "space", "standin", "step", "told",
     )  # fmt: skip
 
     def __init__(self, rule: Rule, name: str, space: str, algorithm: Algorithm, standin: RateLimit | None) -> None:
@@ -129,7 +129,12 @@ class RateLimit:
             self.policy = f'{quoted(name)};q={algorithm.limit};qu="concurrent-requests"'
         else:
             self.policy = f"{quoted(name)};q={algorithm.limit};w={max(1, round(algorithm.window_ns / 1e9))}"
-        self.item = quoted(name).replace("%", "%%").encode("ascii") + b";r=%d;t=%d"  # to be filled in
+        item = quoted(name).replace("%", "%%") + ";r=%d;t=%d"  # to be filled in
+        self.item = item.encode("ascii")
+        # What is said where it is all there is to say: `RateLimit` to be filled in, and `RateLimit-Policy`.
+        is_own = self.told and standin is not None
+        self.alone = (self.item, (b"ratelimit-policy", self.policy.encode("ascii"))) if is_own else None
+        self.alone_in_text = (item, ("ratelimit-policy", self.policy)) if is_own else None
 
     def __repr__(self) -> str:
         return f"<RateLimit {self.policy}>"

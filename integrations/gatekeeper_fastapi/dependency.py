@@ -14,7 +14,6 @@ from starlette.websockets import WebSocket
 from gatekeeper.commands import Store, Verdict
 from gatekeeper.decorators import CURRENT, Guard
 from gatekeeper.keeper import Gatekeeper
-from gatekeeper.ratelimit.fields import policy_field
 from gatekeeper.ratelimit.rules import RateLimit as RateLimitOfRule
 from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.stores.memory import MemoryStore
@@ -110,11 +109,6 @@ class RateLimit:
             fields = response.raw_headers
             if fields:
                 ticket.tell(response)
-            elif ticket.rules is place.rules and place.item is not None:
-                # One rate, as is usual: what `respond` says, in half the time.
-                verdict = ticket.verdicts[0]
-                left = place.item % (verdict.remaining, (verdict.reset_ns + 999_999_999) // 1_000_000_000)
-                fields += ((b"ratelimit", left), place.policy)
             else:
                 fields += gate.respond(ticket)
             if ticket.response is None:
@@ -142,9 +136,6 @@ class RateLimit:
         place.store = store = keeper.store
         is_one = rule.is_plain and not rule.asks and len(rule.limits) == 1 and rule.cost == 1
         place.hit = store.hitter(rule.limits[0]) if is_one and type(store) is MemoryStore else None
-        answers = keeper.settings.response
-        is_usual = is_one and answers.fields and answers.x_ratelimit is None and place.limit.told
-        place.item, place.policy = place.limit.item if is_usual else None, policy_field([place.limit])
         place.dependant = None if scope["type"] == "websocket" else dependant
         if is_certain:
             if len(self._places) >= _MOST:
@@ -184,11 +175,9 @@ class _Place:
     __slots__ = (
         "dependant",
         "hit",
-        "item",
         "keeper",
         "key",
         "limit",
-        "policy",
         "router",
         "rule",
         "rules",
@@ -206,12 +195,6 @@ class _Place:
 
     hit: Callable[[str], Verdict] | None
     """Asks that store for one hit, where it is memory and the rule is of the simplest kind."""
-
-    item: bytes | None
-    """The field RateLimit, to be filled in; None where there is more to say, or nothing: `Gate.respond` knows."""
-
-    policy: tuple[bytes, bytes]
-    """The field RateLimit-Policy."""
 
     dependant: Any
     """Whose call is still to be wrapped, where no middleware sees the response; else None."""

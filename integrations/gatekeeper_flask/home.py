@@ -24,8 +24,8 @@ from gatekeeper.commands import Call, Question, Steps, run
 from gatekeeper.decorators import CURRENT, IN_USE
 from gatekeeper.errors import Limited, SettingsError
 from gatekeeper.gate import Gate
-from gatekeeper.ratelimit.rules import RateLimit, Rule
-from gatekeeper.settings import LimitSettings, ResponseSettings, is_asynchronous
+from gatekeeper.ratelimit.rules import Rule
+from gatekeeper.settings import LimitSettings, is_asynchronous
 from gatekeeper.ticket import Refusal
 from gatekeeper.wsgi import App, Environ, EnvironTicket, StartResponse
 from gatekeeper_flask.errors import error_of
@@ -35,22 +35,6 @@ if TYPE_CHECKING:
 
 MOST_PREFIXES: Final = 64
 """So many mount points of an application are told apart: a client may be able to make some up."""
-
-
-class Texts(dict[RateLimit, tuple[str, tuple[str, str]] | None]):
-    """What a response says of a rate that is the only one: `RateLimit`, to be filled in, and `RateLimit-Policy`.
-
-    None where there is more to say, or nothing: `Gate.respond` knows.
-    """
-
-    def __init__(self, response: ResponseSettings) -> None:
-        super().__init__()
-        self._is_usual = response.fields and response.x_ratelimit is None
-
-    def __missing__(self, limit: RateLimit) -> tuple[str, tuple[str, str]] | None:
-        usual = (limit.item.decode("ascii"), ("ratelimit-policy", limit.policy))
-        self[limit] = told = usual if self._is_usual and limit.told else None
-        return told
 
 
 class FlaskTicket(EnvironTicket):
@@ -92,13 +76,8 @@ class FlaskTicket(EnvironTicket):
             headers = self.heed(headers)
         if self.told is not None and code == self.told.status:
             headers = headers + self._missing(headers)
-        elif len(self.hits) == 1 and (texts := self.home.texts[self.hits[0][0]]):  # type: ignore[index]  # a gate asks only of RateLimits
-            # One rate, as is usual: what `respond` says, in half the time.
-            verdict = self.verdicts[0]
-            left = texts[0] % (verdict.remaining, (verdict.reset_ns + 999_999_999) // 1_000_000_000)
-            headers = [*headers, ("ratelimit", left), texts[1]]
         else:
-            headers = headers + [_text(field) for field in self.gate.respond(self)]
+            headers = headers + self.gate.respond_in_text(self)
         if exc_info is None:
             return self.start_response(status, headers)
         return self.start_response(status, headers, exc_info)
@@ -152,7 +131,6 @@ class Home:
         self._rules: dict[tuple[Place, int, str], tuple[Rule, Route | None]] = {}
         self._places: dict[str, tuple[Place, ...]] = {}
         self._prefixes: set[str] = set()
-        self.texts = Texts(keeper.settings.response)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         keeper = self.keeper
