@@ -234,3 +234,26 @@ class TestVouched:
         assert ask(self.asked(told)).body == b"7"
         monkeypatch.setattr(keeper.gate.vouchers, "_clock", lambda: now + 31)
         assert ask(self.asked(told)).body == b"None"
+
+
+def test_a_ring_goes_by_the_user_of_the_session_wherever_its_client_is() -> None:
+    upstreams = [f"http://127.0.0.1:{port}" for port in range(9001, 9006)]
+    gateway = Gatekeeper(
+        {
+            **TestVouched.SETTINGS,
+            "pools": {"app": {"policy": "ring", "key": "user", "upstreams": upstreams}},
+        }
+    )
+
+    def chosen(user: str, address: str) -> str:
+        cookie = TestVouched().cookie(gateway, sub=user)
+        ticket: Any = type("Both", (ScopeRequest, Ticket), {})({**scope(cookie=cookie), "client": (address, 1)})
+        assert run(gateway.gate.admit(ticket), gateway.ask) == 0
+        destination = gateway.gate.route(ticket)
+        assert destination is not None
+        return next(gateway.gate.choose(ticket, destination, 0, 0.5)).id
+
+    users = [str(number) for number in range(20)]
+    first = [chosen(user, "192.0.2.1") for user in users]
+    assert first == [chosen(user, "192.0.2.2") for user in users]
+    assert len(set(first)) > 2

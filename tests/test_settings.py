@@ -703,6 +703,28 @@ def test_places_are_counted_as_people_do() -> None:
         (pool(affinity={"strict": "yes"}), "pools.api.affinity.strict", "expected a valid boolean"),
         (pool(affinity={"ccokie": "a"}), "pools.api.affinity.ccokie", 'did you mean "cookie"?'),
         ({**pool(affinity={"cookie": "s"}), "session": {"kind": "token", "cookie": {"name": "s"}}}, "pools.api.affinity.cookie", "another name than that of the session"),
+        ({"session": {}}, "session.kind", "expected a value"),
+        ({"session": {"kind": "token", "idle": "2h", "absolute": "1h"}}, "session.idle", "expected at most absolute"),
+        ({"session": {"kind": "store", "encrypt": True}}, "session.encrypt", 'goes with kind = "token"'),
+        ({"session": {"kind": "token", "grace": "1s"}}, "session.grace", 'goes with kind = "store"'),
+        ({"session": {"kind": "store", "store": f"ftp://{SECRET}"}}, "session.store", "expected memory://"),
+        (
+            {"session": {"kind": "token", "cookie": {"name": "__Host-a", "domain": "example.org"}}},
+            "session.cookie.name", 'expected path = "/" and no domain beside the prefix __Host-',
+        ),
+        (
+            {"session": {"kind": "token", "cookie": {"name": "__Secure-a", "secure": False}}},
+            "session.cookie.name", "expected secure = true beside the prefix __Secure-",
+        ),
+        (
+            {"session": {"kind": "token", "cookie": {"samesite": "none", "secure": False}}},
+            "session.cookie.samesite", "expected secure = true",
+        ),
+        (
+            {"session": {"kind": "token", "cookie": {"partitioned": True, "secure": False}}},
+            "session.cookie.partitioned", "expected secure = true",
+        ),
+        ({"session": {"kind": "token", "cookie": {"name": "a b"}}}, "session.cookie.name", "match"),
         ({**pool(affinity={"cookie": "__Host-session.3"}), "session": {"kind": "token"}}, "pools.api.affinity.cookie", "another name than that of the session"),
         ({"pools": {"api": {"upstreams": "http://a", "affinity": {"cookie": "gk_b"}}, "b": {"upstreams": "http://b", "affinity": {}}}}, "pools.b.affinity.cookie", "expected a name of its own; pools.api has the same"),
         (upstreams({"url": "http://a", "drain": 1}), "pools.api.upstreams[0].drain", "expected a valid boolean"),
