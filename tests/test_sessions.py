@@ -487,6 +487,19 @@ class TestStored:
         assert browser.read() == {}
         assert len(store.store) == 0
 
+    @pytest.mark.parametrize("grace", [0, 10])
+    def test_a_login_form_that_is_sent_twice_logs_in(
+        self, stored: Callable[..., StoredSessions], grace: int
+    ) -> None:
+        browser = Browser(stored(grace=grace))
+        browser.write(cart=["apple"])
+        first, second = browser.begin(), browser.begin()
+        for session in (first, second):
+            session["sub"] = "7"
+        browser.end(first)
+        browser.end(second)
+        assert browser.read()["sub"] == "7"
+
     def test_a_save_during_the_grace_finds_where_the_session_went(
         self, stored: Callable[..., StoredSessions]
     ) -> None:

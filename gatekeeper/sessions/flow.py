@@ -284,7 +284,14 @@ class StoredSessions(Sessions):
         elif self._changes_hands(session) or (session.is_rotated and not session.is_moved):
             # (Who has an old id gets no new one by it: the session has one already, and not everybody may know it.)
             if not (yield from self._rotate(session, now)):
-                return dropped(self.cookie)
+                if self.owner(session.before()) is not None or not self._is_login(session, session.held):
+                    return dropped(self.cookie)
+                # Who has just logged in is in, though a login beside it (a form that was sent twice) has ended what
+                # was there: with what this request has put in, and nothing of that.
+                data = session.merged(Text({}, now, now, None, None))
+                session.forget()
+                session.is_gone, session.born = False, now
+                yield from self._begin(session, data, (yield from self._put(session, data, now)), now)
         else:
             is_login = self._is_login(session, session.held)
             if is_login:
