@@ -21,7 +21,7 @@ from gatekeeper.asgi import App, GatekeeperMiddleware
 
 Message: TypeAlias = MutableMapping[str, Any]
 
-RATE: Final = "1000000000/minute"
+RATE: Final = "1000000/minute"
 FIELDS: Final = [
     (b"host", b"shop.example.com"),
     (b"user-agent", b"Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0"),
