@@ -21,7 +21,7 @@ from typing import Any, Final
 from benchmarks.measure import Progress, Result, Row, Skipped, Unfit, Work, added, interleave, median_ratio, peer
 from benchmarks.wsgi import ENVIRON, consume, start_response
 
-AMOUNT: Final = 1_000_000_000
+AMOUNT: Final = 1_000_000
 MIDDLEWARE: Final = "gatekeeper_django.GatekeeperMiddleware"
 
 CLIENTS: Final = itertools.count(1)

@@ -20,7 +20,7 @@ from gatekeeper.wsgi import App, GatekeeperMiddleware
 if TYPE_CHECKING:
     from flask import Flask
 
-RATE: Final = "1000000000/minute"
+RATE: Final = "1000000/minute"
 ENVIRON: Final[dict[str, Any]] = {
     "REQUEST_METHOD": "GET",
     "SCRIPT_NAME": "",
