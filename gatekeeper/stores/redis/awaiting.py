@@ -1,4 +1,4 @@
-"""The awaiting driver: on each event loop one connection to a server, and all of one tick in one write."""
+"""The awaiting driver: on each event loop one connection to a server, and what one tick asks in one pipeline."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ _OPENING: Final = 1.0
 
 _GRACE: Final = 0.01
 """Seconds more for a server, where this loop was so busy that it looks for the answer too late by as much."""
+
+_MANY: Final = 16
+"""So many commands are sent at once, though the tick goes on: the server works on them meanwhile."""
 
 _LINGER: Final = 1.0
 """Seconds for which late answers are still read, so that what they spent is given back."""
@@ -59,9 +62,12 @@ class Line(asyncio.Protocol):
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._waiting.append((future, batch, self._loop.time() + self._timeout))
         self._outbox.append(packet)
-        if not self._is_to_flush and self._is_open:
-            self._is_to_flush = True
-            self._loop.call_soon(self._flush)
+        if self._is_open:
+            if len(self._outbox) >= _MANY:
+                self._flush()  # the server begins while we go on
+            elif not self._is_to_flush:
+                self._is_to_flush = True
+                self._loop.call_soon(self._flush)
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout, self._look)
         return future
