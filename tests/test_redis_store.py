@@ -352,7 +352,7 @@ def test_three_rules_of_four_rates_are_one_call_and_one_more_after_the_server_fo
         assert own.calls("eval") == 2
 
 
-def test_all_of_one_tick_goes_as_one_write_on_one_connection(make: Make) -> None:
+def test_all_of_one_tick_goes_as_one_pipeline_in_a_few_writes_on_one_connection(make: Make) -> None:
     with running() as own:
 
         def told() -> tuple[int, int]:
@@ -366,8 +366,9 @@ def test_all_of_one_tick_goes_as_one_write_on_one_connection(make: Make) -> None
             reads, connections = told()
             replies = await asyncio.gather(*(store.aask([(one, f"key{n}", 1)]) for n in range(50)))
             assert all(reply[0].allowed for reply in replies)
-            # `told` connects, is read, and closes: two reads and a connection are its own.
-            assert told()[0] - reads <= 2 + 2
+            # `told` connects, is read, and closes: two reads and a connection are its own. Fifty commands are four
+            # writes, of sixteen at most; the system may cut or join them.
+            assert told()[0] - reads <= 2 + 2 * 4
             assert told()[1] - connections == 2
             await store.aclose()
 
