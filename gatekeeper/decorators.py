@@ -16,7 +16,7 @@ from gatekeeper.gate import Gate, is_preflight
 from gatekeeper.ratelimit.algorithms import NS
 from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.settings import LimitSettings, is_asynchronous, load_settings
-from gatekeeper.ticket import Ticket, tightness
+from gatekeeper.ticket import BareTicket, Ticket, tightness
 
 if TYPE_CHECKING:
     from gatekeeper.keeper import Gatekeeper
@@ -137,7 +137,7 @@ def limit(
                 ours = current.under(keeper.gate)
                 # Of other Gatekeepers around us the counters are not ours: only the request is shared.
                 return ours or current.of(keeper.gate), inside, ours is None
-            ticket = _Call()
+            ticket = BareTicket()
             keeper.gate.identify(ticket)
             ticket.address = f"*{label}"
             return ticket, outside, True
@@ -212,22 +212,6 @@ def _checked(written: Mapping[str, Any]) -> LimitSettings:
         problems = [problem.removeprefix("limits[0].") for problem in error.problems]
         raise SettingsError(problems) from error.__cause__
     return limit
-
-
-class _Call(Ticket):
-    """The ticket of a call outside of any request."""
-
-    method = path = ""
-    peer = native = None
-
-    def fields(self, name: str) -> list[str]:
-        return []
-
-    def field(self, name: str) -> str | None:
-        return None
-
-    def query(self) -> str:
-        return ""
 
 
 def _is_async(function: object) -> bool:

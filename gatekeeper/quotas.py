@@ -12,7 +12,7 @@ from gatekeeper.gate import Gate
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.ratelimit.rules import RateLimit, Rule, bounded, secret
 from gatekeeper.settings import LimitSettings
-from gatekeeper.ticket import Ticket
+from gatekeeper.ticket import BareTicket
 
 
 class Known(NamedTuple):
@@ -80,23 +80,4 @@ def _stored(part: object, value: str) -> str:
 
 def _address(gate: Gate, text: str) -> str:
     """An address by the name under which it is counted: that of its network, for IPv6."""
-    return gate.address(_Peer(text.partition("/")[0]))
-
-
-class _Peer(Ticket):
-    """A request of which nothing is known but who sent it."""
-
-    method = path = ""
-    native = None
-
-    def __init__(self, peer: str) -> None:
-        self.peer = peer
-
-    def fields(self, name: str) -> list[str]:
-        return []
-
-    def field(self, name: str) -> str | None:
-        return None
-
-    def query(self) -> str:
-        return ""
+    return gate.address(BareTicket(text.partition("/")[0]))

@@ -188,6 +188,25 @@ class Ticket(Request):
         return f"<Ticket {self.method} {self.address}: {list(self.verdicts)}>"
 
 
+class BareTicket(Ticket):
+    """A ticket of no request, or of one of which nothing is known but who sent it."""
+
+    method = path = ""
+    native = None
+
+    def __init__(self, peer: str | None = None) -> None:
+        self.peer = peer
+
+    def fields(self, name: str) -> list[str]:
+        return []
+
+    def field(self, name: str) -> str | None:
+        return None
+
+    def query(self) -> str:
+        return ""
+
+
 def _settled_by_app(rules: Iterable[Rule], name: str | None) -> list[str]:
     return [rule.name for rule in rules if rule.settles == "app" and name in (None, rule.name)]
 

@@ -21,21 +21,9 @@ from gatekeeper.sessions.flow import Sessions, StoredSessions, TokenSessions
 from gatekeeper.sessions.state import Session
 from gatekeeper.sessions.tokens import Tokens
 from gatekeeper.stores.sessions.memory import MemorySessions
+from tests.session_stores import Seconds as Clock
 
 IDLE, ABSOLUTE = 1800, 43_200
-
-
-class Clock:
-    """Seconds since the epoch that pass when told."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
 
 
 class Browser:
