@@ -251,8 +251,19 @@ class TestReading:
         assert read(token) is not None
         read.settle()
         assert issuer.requests == 1
+        # The issuer answers once it may: else it could be faster than the reader.
+        may, paths = threading.Event(), issuer.paths
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            may.wait(10)
+            issuer.answer, issuer.requests = None, issuer.requests - 1
+            paths.pop()
+            issuer.respond(handler)
+
+        issuer.answer = answer
         clock.now += 1
         assert read(token) is not None, "by the keys that are there"
+        may.set()
         read.settle()
         assert issuer.requests == 2
         assert read(token) is None, "what the issuer took back is good no more, though no new key was asked for"
