@@ -543,9 +543,9 @@ class Upstream:
             with self._changed:
                 talk = Talk(sock, self, self._opened)
                 thread = threading.Thread(target=self._serve, args=(talk,), daemon=True)
-                self._talks[talk.number] = (talk, thread)
                 self._opened += 1
-                thread.start()
+                thread.start()  # first: `clear` waits for all that are listed, and takes no lock for it
+                self._talks[talk.number] = (talk, thread)
                 self._changed.notify_all()
 
     def _serve(self, talk: Talk) -> None:
