@@ -463,6 +463,27 @@ class TestOutage:
             assert "127.0.0.1" not in str(replies)
         store.close()
 
+    @pytest.mark.parametrize("loop_is_open", [True, False])
+    def test_clients_of_mongodb_are_closed_with_the_store(self, loop_is_open: bool) -> None:
+        errors = pytest.importorskip("pymongo.errors")
+        pytest.importorskip("motor")
+        store = LimitsStore("mongodb://127.0.0.1:1", timeout=0.05)
+        hits: Hits = [(limit(), "key", 1)]
+        storages: list[Any] = [store._blocking()]
+        store.ask(hits)
+
+        async def main() -> None:
+            await store.aask(hits)
+            storages.extend(store._aio.values())
+            if loop_is_open:
+                await store.aclose()
+
+        asyncio.run(main())
+        store.close()
+        for client in (storages[0]._storage, storages[1].storage.delegate):
+            with pytest.raises(errors.InvalidOperation):
+                client.admin.command("ping")
+
     def test_a_server_that_does_not_answer_is_not_waited_for_and_is_asked_again_when_it_does(
         self, server: Server
     ) -> None:

@@ -191,6 +191,7 @@ class LimitsStore:
     def close(self) -> None:
         with self._lock:
             storage, self._storage = self._storage, None
+            self._forget_closed()
         if storage is not None:
             self._shut(storage)
 
@@ -238,10 +239,16 @@ class LimitsStore:
             made = self._kind.make(self.timeout, self._options, awaiting=True)
             assert isinstance(made, AioStorage)
             with self._lock:
-                for other in [other for other in self._aio if other.is_closed()]:
-                    del self._aio[other]  # its connections know it, so that it would stay for ever
+                self._forget_closed()
                 storage = self._aio[loop] = made
         return storage
+
+    def _forget_closed(self) -> None:
+        """Drop what belongs to loops that are closed. Its connections know them, so that it would stay for ever."""
+        for loop in [loop for loop in self._aio if loop.is_closed()]:
+            storage = self._aio.pop(loop)
+            if self._kind.family == "mongodb":  # which alone can still be closed: its sockets are a thread's
+                self._shut(storage)
 
     def _run(self, storage: Storage, batch: Hits) -> Replies:
         ends = time.monotonic() + self.timeout
@@ -319,8 +326,12 @@ class LimitsStore:
             )
         else:
             client = getattr(storage, "storage", None)
-        pool = getattr(client, "connection_pool", None)
-        for owner, name in ((client, "aclose"), (client, "close"), (pool, "disconnect"), (pool, "close")):
+        if self._kind.family == "mongodb":
+            ways = [(client, "close")]  # any other name is that of a database in it
+        else:
+            pool = getattr(client, "connection_pool", None)
+            ways = [(client, "aclose"), (client, "close"), (pool, "disconnect"), (pool, "close")]
+        for owner, name in ways:
             close = getattr(owner, name, None)
             if close is not None:
                 try:
