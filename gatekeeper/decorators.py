@@ -27,6 +27,8 @@ CURRENT: ContextVar[Ticket | None] = ContextVar("gatekeeper", default=None)
 IN_USE: list[None] = []
 """Not empty once any function was decorated. Until then no ticket need be put where functions find it."""
 
+_OF_BODY: Final = ("form:", "json:")
+
 _LIMITS: Final = "__gatekeeper_limits__"
 """An attribute of a limited function: how many limits stand upon one another there."""
 
@@ -40,11 +42,19 @@ class Guard:
     - `rate` and `settings` as those of a rule in a file (`key`, `cost`, `tiers`, `shadow`, …), but those that say
       for which requests it is
     - `name`: told to clients, and keeps counters apart; without one each place has counters of its own
+    - `by_call`: whether it stands where a call has to find its request in `CURRENT`
 
     Raises SettingsError.
     """
 
-    def __init__(self, rate: str | Sequence[str] | None, name: str | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        rate: str | Sequence[str] | None,
+        name: str | None,
+        settings: Mapping[str, Any],
+        *,
+        by_call: bool = True,
+    ) -> None:
         for key in ("match", "per", "overrides"):
             if key in settings:
                 raise SettingsError(
@@ -56,13 +66,21 @@ class Guard:
         self.settings = _checked(written)
         self.name = name
         self._rules: WeakKeyDictionary[Gatekeeper, dict[tuple[str, str | None], Rule]] = WeakKeyDictionary()
-        IN_USE.append(None)
+        if by_call:
+            IN_USE.append(None)
+
+    @property
+    def asks(self) -> bool:
+        """Whether more has to be found out of a request than its head says: the user, a field of its body."""
+        settings = self.settings
+        texts = [part for part in (*settings.key, settings.tier) if isinstance(part, str)]
+        return bool(settings.functions) or _names_user(settings) or any(text.startswith(_OF_BODY) for text in texts)
 
     def awaited(self, keeper: Gatekeeper) -> bool:
         """Whether it needs a function of the settings that must be awaited."""
         functions = self.settings.functions
         user = keeper.settings.identity.user
-        if callable(user) and ("user" in self.settings.key or _names_claims(self.settings)):
+        if callable(user) and _names_user(self.settings):
             functions = [*functions, user]
         return any(is_asynchronous(one) for one in functions)
 
@@ -114,7 +132,7 @@ def limit(
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """What `Gatekeeper.limit` says."""
     guard = Guard(rate, name, settings)
-    if any(isinstance(part, str) and part.startswith(("form:", "json:")) for part in guard.settings.key):
+    if any(isinstance(part, str) and part.startswith(_OF_BODY) for part in guard.settings.key):
         raise SettingsError(["key: fields of the body go with rules of the settings alone: a function has no body"])
     # Outside of a request there is no client: the function itself is whom the quota belongs to.
     alone = Guard(rate, name, {**settings, "key": "ip"})
@@ -199,9 +217,9 @@ def limit(
     return decorate
 
 
-def _names_claims(settings: LimitSettings) -> bool:
+def _names_user(settings: LimitSettings) -> bool:
     parts = (*settings.key, settings.tier, *settings.exempt)
-    return any(isinstance(part, str) and part.startswith(("claim:", "user:")) for part in parts)
+    return any(isinstance(part, str) and (part == "user" or part.startswith(("claim:", "user:"))) for part in parts)
 
 
 def _checked(written: Mapping[str, Any]) -> LimitSettings:

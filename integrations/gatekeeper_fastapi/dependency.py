@@ -18,6 +18,7 @@ from gatekeeper.ratelimit.rules import RateLimit as RateLimitOfRule
 from gatekeeper.ratelimit.rules import Rule
 from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.ticket import Ticket
+from gatekeeper_fastapi.fronts import put_in_front, whole
 from gatekeeper_fastapi.places import key_of, label_of, leaf_of, template_of, with_parameters
 from gatekeeper_fastapi.tickets import (
     OwnTicket,
@@ -55,7 +56,7 @@ class RateLimit:
         keeper: Gatekeeper | None = None,
         **settings: Any,
     ) -> None:
-        self.guard = Guard(rate, name, with_parameters(settings))
+        self.guard = Guard(rate, name, with_parameters(settings), by_call=False)
         self.keeper = keeper
         # What was found out of a route, by the id of what its requests name it by.
         self._places: dict[int, _Place] = {}
@@ -63,15 +64,41 @@ class RateLimit:
     # Parameters of kinds that FastAPI hands over at no cost, and no generator: a dependency with `yield` takes
     # longer than the whole decision. The middleware's ticket sees to what is to be done when the response ends.
     async def __call__(self, connection: HTTPConnection, response: Response) -> Ticket:
-        scope = connection.scope
+        ticket, place, is_charged = self.decide(connection.scope)
+        if not is_charged:
+            await self.charge(ticket, place, connection)
+        if type(ticket) is OwnTicket and not ticket.is_seen:
+            fields = response.raw_headers
+            if fields:
+                ticket.tell(response)
+            else:
+                fields += ticket.gate.respond(ticket)
+            if ticket.response is None:
+                ticket.response = response
+                CURRENT.set(ticket)  # for functions under @gk.limit, and for the endpoint, to be told
+            if place.dependant is not None:
+                _wrap(place.dependant, once=place.is_in_front)
+                if not place.is_in_front:
+                    place.dependant = None
+            if ticket.is_open and not ticket.is_watched:
+                _end_with(ticket, connection)
+        return ticket
+
+    async def charge(self, ticket: Ticket, place: "_Place", connection: HTTPConnection) -> None:
+        """Charge a request that could not be charged at once. Raises what refuses it."""
+        await charge(self.guard, ticket, place.rule, place.keeper, connection)
+
+    def decide(self, scope: Any) -> "tuple[Ticket, _Place, bool]":
+        """Charge a request, if that can be done at once; else it is to be charged, or refused, by `charge`.
+
+        Returns its ticket, its place and whether nothing is left to be done.
+        """
         ticket: Any = scope.get("gatekeeper")
         if ticket is None:
             ticket = scope["gatekeeper"] = new_ticket(scope, self.keeper or keeper_for(scope))
         elif self.keeper is not None or type(ticket) is OwnTicket:
             ticket = ticket_for(scope, self.keeper)
         gate = ticket.gate
-        if gate.off or ticket.spared:
-            return ticket  # type: ignore[no-any-return]
         key = scope.get("route")
         fastapi = scope.get("fastapi")
         if fastapi:
@@ -88,38 +115,24 @@ class RateLimit:
             place = self._find(scope, gate.keeper)
         rule, keeper = place.rule, place.keeper
         before = ticket.rules
-        if rule in before:
-            return ticket  # type: ignore[no-any-return]
-        may_be_free = ticket.method == "OPTIONS"  # as a preflight
-        if place.hit is not None and place.store is keeper.store and not may_be_free:
-            # The usual case: one hit in memory.
-            whose = ticket.address if rule.by_address else rule.key(ticket)
-            verdict = place.hit(whose)
-            if not verdict.allowed:
-                await charge(self.guard, ticket, rule, keeper, connection)
-            elif before:
-                ticket.rules = (*before, rule)
-                ticket.hits = (*ticket.hits, (place.limit, whose, 1))
-                ticket.verdicts = (*ticket.verdicts, verdict)
-            else:
-                ticket.rules, ticket.hits, ticket.verdicts = place.rules, ((place.limit, whose, 1),), (verdict,)
-        elif may_be_free or keeper.awaits or not gate.extend_at_once(ticket, rule, keeper.ask):
-            await charge(self.guard, ticket, rule, keeper, connection)
-        if type(ticket) is OwnTicket:
-            fields = response.raw_headers
-            if fields:
-                ticket.tell(response)
-            else:
-                fields += gate.respond(ticket)
-            if ticket.response is None:
-                ticket.response = response
-                CURRENT.set(ticket)  # for functions under @gk.limit, and for the endpoint, to be told
-            if place.dependant is not None:
-                _wrap(place.dependant)
-                place.dependant = None
-            if ticket.is_open and not ticket.is_watched:
-                _end_with(ticket, connection)
-        return ticket  # type: ignore[no-any-return]
+        if gate.off or ticket.spared or rule in before:
+            return ticket, place, True
+        if ticket.method == "OPTIONS":  # as a preflight it may be free
+            return ticket, place, False
+        if place.hit is None or place.store is not keeper.store:
+            return ticket, place, not keeper.awaits and gate.extend_at_once(ticket, rule, keeper.ask)
+        # The usual case: one hit in memory.
+        whose = ticket.address if rule.by_address else rule.key(ticket)
+        verdict = place.hit(whose)
+        if not verdict.allowed:
+            return ticket, place, False
+        if before:
+            ticket.rules = (*before, rule)
+            ticket.hits = (*ticket.hits, (place.limit, whose, 1))
+            ticket.verdicts = (*ticket.verdicts, verdict)
+        else:
+            ticket.rules, ticket.hits, ticket.verdicts = place.rules, ((place.limit, whose, 1),), (verdict,)
+        return ticket, place, True
 
     def _find(self, scope: Any, keeper: Gatekeeper) -> "_Place":
         """What is to be known of a request's route."""
@@ -136,11 +149,14 @@ class RateLimit:
         place.store = store = keeper.store
         is_one = rule.is_plain and not rule.asks and len(rule.limits) == 1 and rule.cost == 1
         place.hit = store.hitter(rule.limits[0]) if is_one and type(store) is MemoryStore else None
+        place.is_in_front = False
         place.dependant = None if scope["type"] == "websocket" else dependant
         if is_certain:
             if len(self._places) >= _MOST:
                 self._places.clear()
             self._places[id(key)] = place
+            if scope["type"] == "http":
+                place.is_in_front = put_in_front(key, place.router, _first)
         return place
 
     def mark(self, dependant: Any) -> str:
@@ -163,10 +179,20 @@ def limits_of(dependant: Any) -> list[RateLimit]:
 
 
 def _limits_of(dependant: Any) -> Iterator[RateLimit]:
-    for one in getattr(dependant, "dependencies", ()):
+    for one in whole(dependant):
         yield from _limits_of(one)
         if isinstance(one.call, RateLimit):
             yield one.call
+
+
+def _first(dependant: Any) -> RateLimit | None:
+    """The limit that a dependency is, if it can as well be asked before FastAPI begins.
+
+    Not where its value is wanted, or where what it needs may be somebody's to find out on the way.
+    """
+    call = dependant.call
+    is_plain = isinstance(call, RateLimit) and type(call).__call__ is RateLimit.__call__
+    return call if is_plain and dependant.name is None and not call.guard.asks else None
 
 
 class _Place:
@@ -175,6 +201,7 @@ class _Place:
     __slots__ = (
         "dependant",
         "hit",
+        "is_in_front",
         "keeper",
         "key",
         "limit",
@@ -199,6 +226,9 @@ class _Place:
     dependant: Any
     """Whose call is still to be wrapped, where no middleware sees the response; else None."""
 
+    is_in_front: bool
+    """Whether requests are usually limited before FastAPI solves this dependency."""
+
 
 def _end_with(ticket: OwnTicket, connection: HTTPConnection) -> None:
     """End a ticket where dependencies with `yield` end: after the response was sent, or when it breaks off."""
@@ -208,8 +238,8 @@ def _end_with(ticket: OwnTicket, connection: HTTPConnection) -> None:
     connection.scope["fastapi_inner_astack"].push_async_exit(ticket.end)
 
 
-def _wrap(dependant: Any) -> None:
-    """Have what an endpoint returns or raises tell of the request's ticket.
+def _wrap(dependant: Any, *, once: bool) -> None:
+    """Have what an endpoint returns or raises tell of the request's ticket. `once`: until it has done so.
 
     FastAPI takes fields from a dependency's `response` for what it makes a response of, and not for a Response that
     the endpoint returns. The function of a route is looked up anew for each request.
@@ -227,6 +257,8 @@ def _wrap(dependant: Any) -> None:
             ticket = CURRENT.get()
             if type(ticket) is not OwnTicket or ticket.native is None:
                 return await call(*args, **kwargs)
+            if once and dependant.call is told:
+                dependant.call = call
             try:
                 result = await call(*args, **kwargs)
                 if isinstance(result, Response):
@@ -247,6 +279,8 @@ def _wrap(dependant: Any) -> None:
             ticket = CURRENT.get()
             if type(ticket) is not OwnTicket or ticket.native is None:
                 return call(*args, **kwargs)
+            if once and dependant.call is told:
+                dependant.call = call
             try:
                 result = call(*args, **kwargs)
                 if isinstance(result, Response):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import anyio.from_thread
@@ -238,24 +238,31 @@ class _Watched:
         self._ticket = ticket
         self._send = send
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
+        # Not a coroutine: it returns the server's, so that a message costs no second one.
         ticket, kind = self._ticket, message["type"]
         if kind == "http.response.start":
             ticket.sent = message["status"]
-            headers = list(message.get("headers", ()))
-            tell(headers, ticket.gate.respond(ticket))
-            message = {**message, "headers": headers}
+            fields = ticket.gate.respond(ticket)
+            if fields:
+                headers = list(message.get("headers", ()))
+                if dict(fields).keys().isdisjoint(dict(headers)):
+                    headers += fields
+                else:
+                    tell(headers, fields)
+                message = {**message, "headers": headers}
         elif kind == "http.response.body":
-            ticket.ended = not message.get("more_body", False)
-            ticket.moved += len(message.get("body", b""))
+            if ticket.is_open:
+                ticket.ended = not message.get("more_body", False)
+                ticket.moved += len(message.get("body", b""))
         elif kind == "websocket.accept":
             ticket.sent, ticket.ended = 101, True
-        await self._send(message)
+        return self._send(message)
 
 
-async def _watch(ticket: OwnTicket, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+async def watch(ticket: OwnTicket, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Run an application to the end of its response, and end the ticket."""
-    ticket.is_watched = True
+    ticket.is_watched = ticket.is_seen = True
     try:
         await app(scope, receive, _Watched(ticket, send).send)
     except HTTPException as error:
@@ -265,7 +272,8 @@ async def _watch(ticket: OwnTicket, app: ASGIApp, scope: Scope, receive: Receive
         ticket.sent = 500
         raise
     finally:
-        await ticket.keeper.afinish(ticket)
+        if ticket.is_open:
+            await ticket.keeper.afinish(ticket)
         ticket.native = None
 
 
@@ -280,7 +288,7 @@ class _Ended:
         return getattr(self._response, name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _watch(self._ticket, self._response, scope, receive, send)
+        await watch(self._ticket, self._response, scope, receive, send)
 
 
 class _Limited:
@@ -313,7 +321,7 @@ async def _serve(post: _Post, app: ASGIApp, scope: Scope, receive: Receive, send
     if ticket is None:
         await app(scope, receive, send)
     else:
-        await _watch(ticket, app, scope, receive, send)
+        await watch(ticket, app, scope, receive, send)
 
 
 def _again(request: Request, receive: Receive) -> Receive:

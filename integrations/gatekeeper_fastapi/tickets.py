@@ -32,6 +32,7 @@ class OwnTicket(ScopeRequest, Ticket):
 
     keeper: Gatekeeper
     is_watched = False  # whether its end is awaited
+    is_seen = False  # whether what is sent for it passes us, so that nobody else need tell the client
     status: int | None = None  # of the response, where it is known before it is sent
 
     def tell(self, response: Response) -> None:
