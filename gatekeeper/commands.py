@@ -25,6 +25,12 @@ State: TypeAlias = int | None
 Receipt: TypeAlias = Any
 """What a store needs to undo exactly one hit; only it knows how to read it."""
 
+Quick: TypeAlias = Callable[[int, int], tuple[State, int, int, Receipt]]
+"""(state, now) -> (the state to keep, what remains, nanoseconds until that grows, receipt), of a hit of cost 1.
+
+What remains is negative where the hit was not decided, for it is of another kind or will be refused.
+"""
+
 
 class Verdict:
     """The answer to one hit.
@@ -90,6 +96,10 @@ class Limit(Protocol):
     @property
     def give(self) -> Callable[[State, int, int, int], State]:
         """(state, now, cost, receipt) -> the state without that hit, as far as it still counts."""
+
+    @property
+    def quick(self) -> Callable[[], Quick] | None:
+        """Makes a shorter way than `step` for most hits, for the callers under one lock; None if there is none."""
 
     @property
     def lifetime_ns(self) -> int:

@@ -217,6 +217,15 @@ class Gate:
         rules = self._begin(ticket)
         if not rules:
             return 0
+        if len(rules) == 1 and (spend := rules[0].hit) is not None:
+            rule = rules[0]
+            key = ticket.address if rule.by_address else rule.key(ticket)
+            answer = spend(key)
+            hit: Hit = (rule.limits[0], key, 1)
+            if not answer.allowed:
+                return run(self._settle(ticket, rules, [hit], [answer]), ask)
+            ticket.rules, ticket.hits, ticket.verdicts = rules, (hit,), (answer,)
+            return 0
         hits = self._hits(ticket, rules)
         if not hits:
             ticket.rules = rules
@@ -266,12 +275,20 @@ class Gate:
         if not rule.is_plain or rule.asks or ticket.spared or self.off:
             return False
         key = ticket.address if rule.by_address else rule.key(ticket)
-        limits, cost = rule.limits, rule.cost
-        hits: Any = [(limits[0], key, cost)] if len(limits) == 1 else [(limit, key, cost) for limit in limits]
-        verdicts: Any = ask(hits)
-        for verdict in verdicts:
+        hits: Any
+        verdicts: Any
+        if rule.hit is not None:
+            verdict = rule.hit(key)
             if not verdict.allowed:
                 return False
+            hits, verdicts = ((rule.limits[0], key, 1),), (verdict,)
+        else:
+            cost = rule.cost
+            hits = [(limit, key, cost) for limit in rule.limits]
+            verdicts = ask(hits)
+            for verdict in verdicts:
+                if not verdict.allowed:
+                    return False
         if ticket.hits:
             ticket.rules = (*ticket.rules, rule)
             ticket.hits = [*ticket.hits, *hits]

@@ -99,6 +99,7 @@ class Gatekeeper:
         self.gate.keeper = self
         self.sessions: UserSessions | None = None
         """The sessions of users; None without `[session]`."""
+        self._guards: WeakSet[Rule] = WeakSet()  # of all that are asked of it beside the settings' own
         # Asked in the store's place while it does not answer.
         self._local = MemoryStore(max_keys=self.settings.store.max_keys)
         self.use(open_store(self.settings.store, _limits(self._gate)) if store is None else store)
@@ -117,12 +118,24 @@ class Gatekeeper:
 
         For tests. What the first store counted is not brought along, and a gateway that serves does not see it.
         """
-        before = getattr(self, "store", store)
-        self.store = checked_store(store)
+        before = getattr(self, "_store", store)
+        self._store = checked_store(store)
+        for rule in (*self._gate.rules, *self._guards):
+            self._shorten(rule)
         # Memory always answers: nothing need stand between.
-        self.ask: Callable[[Hits], Replies] = store.ask if isinstance(store, MemoryStore) else self._ask
+        self.ask: Callable[[Hits], Replies] = store.ask if type(store) is MemoryStore else self._ask
         self._choose_way()
         return before
+
+    @property
+    def store(self) -> Store:
+        """The store that is asked."""
+        return self._store
+
+    def _shorten(self, rule: Rule) -> None:
+        """Give a rule the shortest way to its store, if there is one."""
+        is_one = rule.is_plain and rule.cost == 1 and len(rule.limits) == 1
+        rule.hit = self._store.hitter(rule.limits[0]) if is_one and type(self._store) is MemoryStore else None
 
     def _choose_way(self) -> None:
         """Whether a decision may have to be awaited."""
@@ -250,6 +263,8 @@ class Gatekeeper:
         self._files.watch()
         if rule.penalty is not None:
             self._punishing.append(rule.penalty)
+        self._guards.add(rule)
+        self._shorten(rule)
         return rule
 
     def bans(self) -> list[Ban]:
@@ -299,7 +314,7 @@ class Gatekeeper:
     def _ask(self, batch: Hits) -> Replies:
         if isinstance(batch, Batch) and batch.local:
             return self._local.ask(batch)
-        replies = self.store.ask(batch)
+        replies = self._store.ask(batch)
         if replies:
             self._heed(replies[-1])
         return replies
@@ -307,7 +322,7 @@ class Gatekeeper:
     async def aask(self, batch: Hits) -> Replies:
         if isinstance(batch, Batch) and batch.local:
             return self._local.ask(batch)
-        replies = await self.store.aask(batch)
+        replies = await self._store.aask(batch)
         if replies:
             self._heed(replies[-1])
         return replies

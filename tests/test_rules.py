@@ -18,6 +18,7 @@ from gatekeeper.commands import run
 from gatekeeper.decorators import Guard
 from gatekeeper.errors import StoreError
 from gatekeeper.http.message import ScopeRequest
+from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.testing import VirtualClock, virtual_store
 from gatekeeper.ticket import Ticket
 from gatekeeper.upkeep import GREATEST_LIST, start_thread
@@ -383,10 +384,8 @@ def test_a_request_that_ends_while_its_lease_is_renewed_leaves_none_behind() -> 
     store = policy.keeper.store
     ended: list[bool] = []
 
-    class Slow:
+    class Slow(MemoryStore):
         """Ends the request while the renewal is asked."""
-
-        local = True
 
         def ask(self, batch: Any) -> Any:
             replies = store.ask(batch)
@@ -395,9 +394,9 @@ def test_a_request_that_ends_while_its_lease_is_renewed_leaves_none_behind() -> 
                 policy.end(ticket)
             return replies
 
-    policy.keeper.store = Slow()  # type: ignore[assignment]
+    policy.keeper.use(Slow())
     policy.keeper._leases._renew(ticket)
-    policy.keeper.store = store
+    policy.keeper.use(store)
     assert ended
     assert policy.begin().refused == 0
 
@@ -407,16 +406,14 @@ def test_leases_outlast_a_store_that_raises_and_are_renewed_when_it_answers_agai
     policy = Policy(*limits)
     ticket, leases, store = policy.begin(), policy.keeper._leases, policy.keeper.store
 
-    class Raising:
-        local = True
-
+    class Raising(MemoryStore):
         def ask(self, batch: Any) -> Any:
             raise ZeroDivisionError
 
     policy.clock.advance(30)
-    policy.keeper.store = Raising()  # type: ignore[assignment]
+    policy.keeper.use(Raising())
     leases._renew(ticket)
-    policy.keeper.store = store
+    policy.keeper.use(store)
     policy.clock.advance(25)
     leases._renew(ticket)
     policy.clock.advance(50)
@@ -663,9 +660,7 @@ def test_a_rule_in_shadow_decides_and_counts_and_never_refuses() -> None:
 # A store that does not answer
 
 
-class Dead:
-    local = False
-
+class Dead(MemoryStore):
     def ask(self, batch: Any) -> Any:
         return [StoreError("it does not answer") for _ in batch]
 
@@ -677,8 +672,7 @@ def test_each_rule_says_what_it_does_without_its_store_and_that_is_counted(
     on_error: str, expected: list[int]
 ) -> None:
     policy = Policy({"rate": "2/minute", "on_error": on_error, "penalty": PENALTY, "settle": "app"})
-    policy.keeper.store = Dead()  # type: ignore[assignment]
-    policy.keeper.ask = policy.keeper._ask
+    policy.keeper.use(Dead())
     assert [policy.begin().refused for _ in range(3)] == expected
     assert policy.keeper.gate.failures.total() == 6  # the rate and the penalty, each time
 
@@ -879,12 +873,12 @@ def test_a_lifted_ban_leaves_a_whole_quota_and_it_is_told_whether_there_was_one(
 def test_a_store_that_fails_is_told_once_and_so_is_its_return(caplog: pytest.LogCaptureFixture) -> None:
     policy = Policy({"rate": "9/minute", "on_error": "deny", "penalty": PENALTY})
     store = policy.keeper.store
-    policy.keeper.ask = policy.keeper._ask
-    policy.keeper.store = Dead()  # type: ignore[assignment]
+    policy.keeper.use(Dead())
     refused = policy.begin(accept="application/json")
     assert policy.begin().refused == 503
     assert json.loads(policy.keeper.gate.refusal(refused).body)["type"].endswith("#temporary-reduced-capacity")
-    policy.keeper.store = store
+    policy.keeper.use(store)
+    policy.keeper.ask = policy.keeper._ask  # as with a store that may fail
     assert [policy.begin().refused for _ in range(2)] == [0, 0]
     assert [record.getMessage() for record in caplog.records] == [
         "the store fails, so that on_error decides: it does not answer", "the store answers again",

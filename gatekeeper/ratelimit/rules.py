@@ -9,12 +9,13 @@ from contextlib import suppress
 from hmac import compare_digest
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
+from gatekeeper.commands import Verdict
 from gatekeeper.errors import GatekeeperError
 from gatekeeper.http.addresses import Address, Networks
 from gatekeeper.http.fields import quoted
 from gatekeeper.http.parts import PartError, Subject, as_text, part
 from gatekeeper.http.routes import Pattern
-from gatekeeper.ratelimit.algorithms import Algorithm, Penalty, bind
+from gatekeeper.ratelimit.algorithms import Algorithm, Penalty, SlidingWindow, bind
 from gatekeeper.ratelimit.rates import MOST, Rate
 
 Function: TypeAlias = Callable[[Any], Any]
@@ -107,7 +108,7 @@ class RateLimit:
 
     __slots__ = (
         "algorithm", "alone", "alone_in_text", "give", "item", "kind", "lifetime_ns", "listed", "name", "numbers",
-        "policy", "refusals_last", "rule", "shadow", "space", "standin", "step", "told",
+        "policy", "quick", "refusals_last", "rule", "shadow", "space", "standin", "step", "told",
     )  # fmt: skip
 
     def __init__(self, rule: Rule, name: str, space: str, algorithm: Algorithm, standin: RateLimit | None) -> None:
@@ -118,6 +119,7 @@ class RateLimit:
         self.standin = standin
         self.step = algorithm.step  # bound once: a store looks nothing up on the way
         self.give = algorithm.give
+        self.quick = algorithm.quick if isinstance(algorithm, SlidingWindow) else None
         self.lifetime_ns = algorithm.lifetime_ns
         self.kind = algorithm.kind
         self.numbers = algorithm.numbers
@@ -171,10 +173,10 @@ class Rule:
     """
 
     __slots__ = (
-        "_parts", "_tier", "asks", "body_fields", "by_address", "claims", "cost", "digest", "exempt", "functions",
-        "gives_back", "is_open", "is_plain", "is_shared", "limits", "may_undo", "messages", "name", "needs_user",
-        "on_error", "overrides", "pattern", "penalty", "preflights", "resets_on", "route", "settles", "shadow",
-        "tiers",
+        "__weakref__", "_parts", "_tier", "asks", "body_fields", "by_address", "claims", "cost", "digest", "exempt",
+        "functions", "gives_back", "hit", "is_open", "is_plain", "is_shared", "limits", "may_undo", "messages",
+        "name", "needs_user", "on_error", "overrides", "pattern", "penalty", "preflights", "resets_on", "route",
+        "settles", "shadow", "tiers",
     )  # fmt: skip
 
     def __init__(
@@ -250,6 +252,8 @@ class Rule:
         self.is_plain = not (
             callable(cost) or self.is_open or is_shared or tiers or exempt or penalty or shadow or messages
         )
+        self.hit: Callable[[str], Verdict] | None = None
+        """Asks the store for a hit of the only limit there is, where store and rule are so simple; else None."""
 
     def _reading(self, one: str | Function) -> Reading:
         if callable(one):

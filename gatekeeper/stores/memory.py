@@ -7,7 +7,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Final
 
-from gatekeeper.commands import Batch, Hits, Limit, Receipt, Replies, State, Verdict
+from gatekeeper.commands import Batch, Hits, Limit, Quick, Receipt, Replies, State, Verdict
 
 OVERFLOW: Final = "\0overflow"
 """The key of the bucket that new keys beyond the bound share. No rule makes a key that begins with NUL."""
@@ -33,7 +33,7 @@ class _Shard:
         self.turn = now + lifetime_ns
         # The last refusal, until another hit is allowed: the state, the limit, until when it stands, and what is
         # told; see `MemoryStore.hitter`.
-        self.refusal: tuple[State, Limit, int, int, int, int, int] | None = None
+        self.refusal: tuple[State, Limit, int, int, int, int] | None = None
 
 
 class MemoryStore:
@@ -110,35 +110,42 @@ class MemoryStore:
         a key that is spent do not queue.
         """
         acquire, release, clock, step = self._acquire, self._release, self._clock, limit.step
-        tables, space = self._tables, limit.space
+        quick, total = _by_step(limit) if limit.quick is None else limit.quick(), step(None, 0, 0)[1].limit
+        acquire()
+        try:
+            shards = self._tables.get(limit.space) or self._open(limit, clock())
+        finally:
+            release()
 
         def hit(key: str) -> Verdict:
-            shards = tables.get(space)
-            if shards is not None:
-                shard = shards[hash(key) & 63]
-                refused = shard.refusal
-                if refused is not None and refused[0] is shard.fresh.get(key):
-                    now = clock()
-                    _, of, until, total, left, reset, wait = refused
-                    if now < until and of is limit:
-                        return Verdict(False, total, left, reset - now, wait - now, None)
-                acquire()
-                try:
-                    now = clock()
-                    fresh = shard.fresh
-                    state = fresh.get(key)
-                    if state is not None:
-                        after, verdict = step(state, now, 1)
-                        if verdict.allowed:
-                            fresh[key] = after
-                            if refused is not None:
-                                shard.refusal = None
-                        else:
-                            reset, wait = now + verdict.reset_ns, now + verdict.retry_ns
-                            shard.refusal = state, limit, reset, verdict.limit, verdict.remaining, reset, wait
-                        return verdict
-                finally:
-                    release()
+            shard = shards[hash(key) & 63]
+            refused = shard.refusal
+            if refused is not None and refused[0] is shard.fresh.get(key):
+                now = clock()
+                _, of, until, left, reset, wait = refused
+                if now < until and of is limit:
+                    return Verdict(False, total, left, reset - now, wait - now, None)
+            acquire()
+            try:
+                now = clock()
+                fresh = shard.fresh
+                state = fresh.get(key)
+                if state is not None:
+                    after, left, reset, receipt = quick(state, now)
+                    if left >= 0:
+                        fresh[key] = after
+                        if refused is not None:
+                            shard.refusal = None
+                        return Verdict(True, total, left, reset, 0, receipt)
+                    after, verdict = step(state, now, 1)
+                    if verdict.allowed:
+                        fresh[key] = after
+                    else:
+                        reset, wait = now + verdict.reset_ns, now + verdict.retry_ns
+                        shard.refusal = state, limit, reset, verdict.remaining, reset, wait
+                    return verdict
+            finally:
+                release()
             (reply,) = self.ask([(limit, key, 1)])
             assert isinstance(reply, Verdict)
             return reply
@@ -162,8 +169,8 @@ class MemoryStore:
     def close(self) -> None:
         self._acquire()
         try:
-            self._tables.clear()
-            self._shards.clear()
+            for shard in self._shards:  # which are kept: a hitter knows no others
+                shard.fresh, shard.stale, shard.refusal = {}, {}, None
             self._keys = 0
         finally:
             self._release()
@@ -258,3 +265,14 @@ class MemoryStore:
             if isinstance(verdict, Verdict) and verdict.receipt is not None:
                 where = verdict.receipt[0] if verdict.receipt.__class__ is tuple else key
                 replies[place] = limit.step(self._held(limit, where, now)[1], now, 0)[1]
+
+
+def _by_step(limit: Limit) -> Quick:
+    """The short way of a limit that has none of its own."""
+    step = limit.step
+
+    def quick(state: int, now: int) -> tuple[State, int, int, Receipt]:
+        after, verdict = step(state, now, 1)
+        return after, verdict.remaining if verdict.allowed else -1, verdict.reset_ns, verdict.receipt
+
+    return quick

@@ -11,12 +11,9 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response, StreamingResponse
 from starlette.websockets import WebSocket
 
-from gatekeeper.commands import Store, Verdict
 from gatekeeper.decorators import CURRENT, Guard
 from gatekeeper.keeper import Gatekeeper
-from gatekeeper.ratelimit.rules import RateLimit as RateLimitOfRule
 from gatekeeper.ratelimit.rules import Rule
-from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.ticket import Ticket
 from gatekeeper_fastapi.fronts import put_in_front, whole
 from gatekeeper_fastapi.places import key_of, label_of, leaf_of, template_of, with_parameters
@@ -117,22 +114,10 @@ class RateLimit:
         before = ticket.rules
         if gate.off or ticket.spared or rule in before:
             return ticket, place, True
-        if ticket.method == "OPTIONS":  # as a preflight it may be free
+        # As a preflight it may be free.
+        if ticket.method == "OPTIONS" or keeper.awaits:
             return ticket, place, False
-        if place.hit is None or place.store is not keeper.store:
-            return ticket, place, not keeper.awaits and gate.extend_at_once(ticket, rule, keeper.ask)
-        # The usual case: one hit in memory.
-        whose = ticket.address if rule.by_address else rule.key(ticket)
-        verdict = place.hit(whose)
-        if not verdict.allowed:
-            return ticket, place, False
-        if before:
-            ticket.rules = (*before, rule)
-            ticket.hits = (*ticket.hits, (place.limit, whose, 1))
-            ticket.verdicts = (*ticket.verdicts, verdict)
-        else:
-            ticket.rules, ticket.hits, ticket.verdicts = place.rules, ((place.limit, whose, 1),), (verdict,)
-        return ticket, place, True
+        return ticket, place, gate.extend_at_once(ticket, rule, keeper.ask)
 
     def _find(self, scope: Any, keeper: Gatekeeper) -> "_Place":
         """What is to be known of a request's route."""
@@ -144,11 +129,7 @@ class RateLimit:
         label = ("frontend" if endpoint is None else label_of(endpoint)) + self.mark(dependant)
         place = _Place()
         place.key, place.router, place.keeper = key, scope.get("router"), keeper
-        place.rule = rule = self.guard.rule(keeper, label, template_of(leaf, key))
-        place.rules, place.limit = (rule,), rule.limits[0]
-        place.store = store = keeper.store
-        is_one = rule.is_plain and not rule.asks and len(rule.limits) == 1 and rule.cost == 1
-        place.hit = store.hitter(rule.limits[0]) if is_one and type(store) is MemoryStore else None
+        place.rule = self.guard.rule(keeper, label, template_of(leaf, key))
         place.is_in_front = False
         place.dependant = None if scope["type"] == "websocket" else dependant
         if is_certain:
@@ -200,29 +181,17 @@ class _Place:
 
     __slots__ = (
         "dependant",
-        "hit",
         "is_in_front",
         "keeper",
         "key",
-        "limit",
         "router",
         "rule",
-        "rules",
-        "store",
     )
 
     key: Any
     router: Any
     keeper: Gatekeeper
     rule: Rule
-    rules: tuple[Rule]
-    limit: RateLimitOfRule
-    store: Store
-    """What the Gatekeeper asked when this was made; tests give it another."""
-
-    hit: Callable[[str], Verdict] | None
-    """Asks that store for one hit, where it is memory and the rule is of the simplest kind."""
-
     dependant: Any
     """Whose call is still to be wrapped, where no middleware sees the response; else None."""
 

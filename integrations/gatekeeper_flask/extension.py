@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Any, Final, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
-from flask import Blueprint, Flask, current_app, has_request_context, request
+from flask import Blueprint, Flask, current_app, request
 
 from gatekeeper import Gatekeeper as Keeper
 from gatekeeper.commands import Store, run
@@ -368,9 +368,10 @@ class Gatekeeper:
 
         The result is a ticket that ends with the call, if there is one: nobody else will end it.
         """
-        if not has_request_context():
+        try:
+            asked = request._get_current_object()  # type: ignore[attr-defined]
+        except RuntimeError:
             return self._charge_call(place)
-        asked = request._get_current_object()  # type: ignore[attr-defined]
         if place.methods is not None and asked.method not in place.methods:
             return None
         environ = asked.environ
@@ -379,7 +380,9 @@ class Gatekeeper:
         home: Home = cast(FlaskTicket, current).home if is_ours else self._home()
         keeper = home.keeper
         gate = keeper.gate
-        ticket = None if current is None or current.native is None else current.under(gate)
+        ticket = None
+        if current is not None and current.native is not None:
+            ticket = current if current.gate is gate else current.under(gate)
         is_own = ticket is None
         if ticket is None:  # the request has ended but for its body, or did not come through our gate
             ticket = FlaskTicket(environ)
