@@ -272,18 +272,21 @@ class Gate:
 
         False where it is not so simple: then nothing was spent, and `extend` has to decide.
         """
-        if not rule.is_plain or rule.asks or ticket.spared or self.off:
+        if ticket.spared or self.off:
             return False
-        key = ticket.address if rule.by_address else rule.key(ticket)
         hits: Any
         verdicts: Any
-        if rule.hit is not None:
-            verdict = rule.hit(key)
+        spend = rule.hit
+        if spend is not None:
+            key = ticket.address if rule.by_address else rule.key(ticket)
+            verdict = spend(key)
             if not verdict.allowed:
                 return False
             hits, verdicts = ((rule.limits[0], key, 1),), (verdict,)
+        elif not rule.is_plain or rule.asks:
+            return False
         else:
-            cost = rule.cost
+            key, cost = rule.key(ticket), rule.cost
             hits = [(limit, key, cost) for limit in rule.limits]
             verdicts = ask(hits)
             for verdict in verdicts:

@@ -134,7 +134,7 @@ class Gatekeeper:
 
     def _shorten(self, rule: Rule) -> None:
         """Give a rule the shortest way to its store, if there is one."""
-        is_one = rule.is_plain and rule.cost == 1 and len(rule.limits) == 1
+        is_one = rule.is_plain and not rule.asks and rule.cost == 1 and len(rule.limits) == 1
         rule.hit = self._store.hitter(rule.limits[0]) if is_one and type(self._store) is MemoryStore else None
 
     def _choose_way(self) -> None:

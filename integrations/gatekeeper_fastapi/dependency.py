@@ -61,7 +61,7 @@ class RateLimit:
     # Parameters of kinds that FastAPI hands over at no cost, and no generator: a dependency with `yield` takes
     # longer than the whole decision. The middleware's ticket sees to what is to be done when the response ends.
     async def __call__(self, connection: HTTPConnection, response: Response) -> Ticket:
-        ticket, place, is_charged = self.decide(connection.scope)
+        ticket, place, is_charged = self.decide(connection.scope, None)
         if not is_charged:
             await self.charge(ticket, place, connection)
         if type(ticket) is OwnTicket and not ticket.is_seen:
@@ -85,10 +85,11 @@ class RateLimit:
         """Charge a request that could not be charged at once. Raises what refuses it."""
         await charge(self.guard, ticket, place.rule, place.keeper, connection)
 
-    def decide(self, scope: Any) -> "tuple[Ticket, _Place, bool]":
+    def decide(self, scope: Any, place: "_Place | None") -> "tuple[Ticket, _Place, bool]":
         """Charge a request, if that can be done at once; else it is to be charged, or refused, by `charge`.
 
-        Returns its ticket, its place and whether nothing is left to be done.
+        Returns its ticket, its place and whether nothing is left to be done. `place` is what an earlier request to
+        the same route had.
         """
         ticket: Any = scope.get("gatekeeper")
         if ticket is None:
@@ -96,6 +97,18 @@ class RateLimit:
         elif self.keeper is not None or type(ticket) is OwnTicket:
             ticket = ticket_for(scope, self.keeper)
         gate = ticket.gate
+        keeper = gate.keeper
+        if place is None or place.keeper is not keeper:
+            place = self._place(scope, keeper)
+        if gate.off or ticket.spared or place.rule in ticket.rules:
+            return ticket, place, True
+        # As a preflight it may be free.
+        if ticket.method == "OPTIONS" or keeper.awaits:
+            return ticket, place, False
+        return ticket, place, gate.extend_at_once(ticket, place.rule, keeper.ask)
+
+    def _place(self, scope: Any, keeper: Gatekeeper) -> "_Place":
+        """That of a request's route."""
         key = scope.get("route")
         fastapi = scope.get("fastapi")
         if fastapi:
@@ -106,18 +119,11 @@ class RateLimit:
         if (
             place is None
             or place.key is not key
-            or place.keeper is not gate.keeper
+            or place.keeper is not keeper
             or place.router is not scope.get("router")
         ):
-            place = self._find(scope, gate.keeper)
-        rule, keeper = place.rule, place.keeper
-        before = ticket.rules
-        if gate.off or ticket.spared or rule in before:
-            return ticket, place, True
-        # As a preflight it may be free.
-        if ticket.method == "OPTIONS" or keeper.awaits:
-            return ticket, place, False
-        return ticket, place, gate.extend_at_once(ticket, rule, keeper.ask)
+            place = self._find(scope, keeper)
+        return place
 
     def _find(self, scope: Any, keeper: Gatekeeper) -> "_Place":
         """What is to be known of a request's route."""
@@ -137,7 +143,7 @@ class RateLimit:
                 self._places.clear()
             self._places[id(key)] = place
             if scope["type"] == "http":
-                place.is_in_front = put_in_front(key, place.router, _first)
+                place.is_in_front = put_in_front(key, place.router, _may_go_first)
         return place
 
     def mark(self, dependant: Any) -> str:
@@ -166,14 +172,14 @@ def _limits_of(dependant: Any) -> Iterator[RateLimit]:
             yield one.call
 
 
-def _first(dependant: Any) -> RateLimit | None:
-    """The limit that a dependency is, if it can as well be asked before FastAPI begins.
+def _may_go_first(dependant: Any) -> bool:
+    """Whether a dependency is a limit that can as well be asked before FastAPI begins.
 
     Not where its value is wanted, or where what it needs may be somebody's to find out on the way.
     """
     call = dependant.call
-    is_plain = isinstance(call, RateLimit) and type(call).__call__ is RateLimit.__call__
-    return call if is_plain and dependant.name is None and not call.guard.asks else None
+    is_ours = isinstance(call, RateLimit) and type(call).__call__ is RateLimit.__call__
+    return is_ours and dependant.name is None and not call.guard.asks
 
 
 class _Place:

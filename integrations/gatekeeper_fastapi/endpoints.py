@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import anyio.from_thread
@@ -27,7 +27,6 @@ from gatekeeper_fastapi.tickets import (
     charge,
     limited_handler,
     refused,
-    tell,
     tell_error,
     ticket_for,
 )
@@ -231,40 +230,12 @@ async def _session(ticket: OwnTicket, session: Any) -> Any:
         ticket.native = None
 
 
-class _Watched:
-    """What an application sends, on its way out, where no middleware sees it."""
-
-    def __init__(self, ticket: OwnTicket, send: Send) -> None:
-        self._ticket = ticket
-        self._send = send
-
-    def send(self, message: Message) -> Awaitable[None]:
-        # Not a coroutine: it returns the server's, so that a message costs no second one.
-        ticket, kind = self._ticket, message["type"]
-        if kind == "http.response.start":
-            ticket.sent = message["status"]
-            fields = ticket.gate.respond(ticket)
-            if fields:
-                headers = list(message.get("headers", ()))
-                if dict(fields).keys().isdisjoint(dict(headers)):
-                    headers += fields
-                else:
-                    tell(headers, fields)
-                message = {**message, "headers": headers}
-        elif kind == "http.response.body":
-            if ticket.is_open:
-                ticket.ended = not message.get("more_body", False)
-                ticket.moved += len(message.get("body", b""))
-        elif kind == "websocket.accept":
-            ticket.sent, ticket.ended = 101, True
-        return self._send(message)
-
-
 async def watch(ticket: OwnTicket, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Run an application to the end of its response, and end the ticket."""
     ticket.is_watched = ticket.is_seen = True
+    ticket.outgoing = send
     try:
-        await app(scope, receive, _Watched(ticket, send).send)
+        await app(scope, receive, ticket.forward)
     except HTTPException as error:
         ticket.sent, ticket.ended = error.status_code, True  # which some handler will answer
         raise

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
+from itertools import takewhile
 from typing import Any, Final, Protocol
 
-from fastapi.routing import APIRoute
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -28,7 +29,7 @@ _PASSED: Final[ContextVar[_Dependencies | None]] = ContextVar("gatekeeper_fastap
 class Limit(Protocol):
     """A RateLimit, as far as it matters here."""
 
-    def decide(self, scope: Scope) -> tuple[Ticket, Any, bool]: ...
+    def decide(self, scope: Scope, place: Any) -> tuple[Ticket, Any, bool]: ...
 
     async def charge(self, ticket: Ticket, place: Any, connection: HTTPConnection) -> None: ...
 
@@ -36,12 +37,17 @@ class Limit(Protocol):
 class _Dependencies(list[Any]):
     """What a route depends on. A request that has passed its first limits sees the rest alone."""
 
-    def __init__(self, whole: list[Any], passed: int) -> None:
+    def __init__(self, whole: list[Any], passed: list[Any]) -> None:
         super().__init__(whole)
-        self._rest = whole[passed:]
+        self._passed = passed  # kept, since an id is good only that long
+        self._ids = frozenset(map(id, passed))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._rest) if _PASSED.get() is self else super().__iter__()
+        everything = super().__iter__()
+        if _PASSED.get() is not self:
+            return everything
+        ids = self._ids
+        return iter([one for one in everything if id(one) not in ids])  # others may have been added since
 
 
 def whole(dependant: Any) -> list[Any]:
@@ -60,52 +66,70 @@ class _Front:
         self._dependencies = dependencies
         self._router = router
         self._overrider = overrider
+        self._places: dict[Limit, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         overrider = self._overrider
-        if scope["router"] is not self._router or (overrider is not None and overrider.dependency_overrides):
-            await self.app(scope, receive, send)
-            return
-        for limit in self._limits:
-            ticket, place, is_charged = limit.decide(scope)
-            if not is_charged:
-                await limit.charge(ticket, place, Request(scope, receive, send))
-        ours = ticket if isinstance(ticket, OwnTicket) and not ticket.is_seen else None
-        passed, current = (
-            _PASSED.set(self._dependencies),
-            CURRENT.set(ours) if IN_USE and ours is not None else None,
-        )
-        try:
-            if ours is not None:
-                await watch(ours, self.app, scope, receive, send)
-            else:
+        if scope.get("router") is not self._router or (overrider is not None and overrider.dependency_overrides):
+            token = _PASSED.set(None)
+            try:
                 await self.app(scope, receive, send)
+            finally:
+                _PASSED.reset(token)
+            return
+        own: list[OwnTicket] = []
+        places = self._places
+        try:
+            for limit in self._limits:
+                ticket, place, is_charged = limit.decide(scope, places.get(limit))
+                places[limit] = place
+                if type(ticket) is OwnTicket and not ticket.is_seen:
+                    ticket.is_seen = True
+                    own.append(ticket)
+                if not is_charged:
+                    await limit.charge(ticket, place, Request(scope, receive, send))
+        except BaseException as error:
+            for ticket in own:
+                await ticket.end(type(error), error, None)
+            raise
+        app = self.app
+        if own:
+            for ticket in own[:-1]:
+                app = partial(watch, ticket, app)
+            if IN_USE:
+                CURRENT.set(own[-1])
+        token = _PASSED.set(self._dependencies)
+        try:
+            if own:
+                await watch(own[-1], app, scope, receive, send)
+            else:
+                await app(scope, receive, send)
         finally:
-            _PASSED.reset(passed)
-            if current is not None:
-                CURRENT.reset(current)
+            _PASSED.reset(token)
 
 
-def put_in_front(key: Any, router: Any, limit_of: Callable[[Any], Limit | None]) -> bool:
+def put_in_front(key: Any, router: Any, may_go: Callable[[Any], bool]) -> bool:
     """Put the first limits of a route in front of it. Whether they are there.
 
-    `key` is as `places.key_of` gives it. `limit_of` gives the limit that a dependency is; None for others, and for
-    those that must stay where they are.
+    `key` is as `places.key_of` gives it. `may_go` tells of a dependency whether it is a limit that need not stay
+    where it is.
     """
-    dependant, route = getattr(key, "dependant", None), getattr(key, "original_route", key)
+    dependant = getattr(key, "dependant", None)
+    if dependant is None:  # Starlette's, which may be all there is
+        return False
+    from fastapi.routing import APIRoute
+
     # Of a route with a way of its own to be handled nothing is known.
-    if dependant is None or getattr(type(route), "get_route_handler", None) is not APIRoute.get_route_handler:
+    route = getattr(key, "original_route", key)
+    if getattr(type(route), "get_route_handler", None) is not APIRoute.get_route_handler:
         return False
     if isinstance(key.app, _Front):
         return True
-    limits: list[Limit] = []
-    for one in whole(dependant):
-        limit = limit_of(one)
-        if limit is None:
-            break
-        limits.append(limit)
-    if limits:
-        # A new list: the request that is on its way is in the midst of the old one.
-        dependant.dependencies = dependencies = _Dependencies(whole(dependant), len(limits))
-        key.app = _Front(key.app, limits, dependencies, router, key.dependency_overrides_provider)
-    return bool(limits)
+    dependencies = whole(dependant)
+    first = list(takewhile(may_go, dependencies))
+    if not first:
+        return False
+    # A new list: the request that is on its way is in the midst of the old one.
+    dependant.dependencies = seen = _Dependencies(dependencies, first)
+    key.app = _Front(key.app, [one.call for one in first], seen, router, key.dependency_overrides_provider)
+    return True

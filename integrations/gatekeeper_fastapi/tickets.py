@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from functools import cache, partial
 from typing import Any, Final
 from weakref import ref
@@ -9,6 +10,7 @@ from weakref import ref
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
+from starlette.types import Message, Send
 from starlette.websockets import WebSocket, WebSocketState
 
 from gatekeeper.commands import Body, arun, run
@@ -34,6 +36,29 @@ class OwnTicket(ScopeRequest, Ticket):
     is_watched = False  # whether its end is awaited
     is_seen = False  # whether what is sent for it passes us, so that nobody else need tell the client
     status: int | None = None  # of the response, where it is known before it is sent
+    outgoing: Send  # where what is sent goes on to
+
+    def forward(self, message: Message) -> Awaitable[None]:
+        """What is sent, on its way out, where it passes us."""
+        # Not a coroutine: it returns the server's, so that a message costs no second one.
+        kind = message["type"]
+        if kind == "http.response.body":
+            if self.is_open:
+                self.ended = not message.get("more_body", False)
+                self.moved += len(message.get("body", b""))
+        elif kind == "http.response.start":
+            self.sent = message["status"]
+            fields = self.gate.respond(self)
+            if fields:
+                headers = list(message.get("headers", ()))
+                if fields[0][0] in dict(headers):
+                    tell(headers, fields)
+                else:
+                    headers += fields
+                message = {**message, "headers": headers}
+        elif kind == "websocket.accept":
+            self.sent, self.ended = 101, True
+        return self.outgoing(message)
 
     def tell(self, response: Response) -> None:
         """Put the fields of this ticket on a response, in the place of earlier ones."""
