@@ -523,3 +523,22 @@ def test_the_command_prints_the_report(tmp_path: Path) -> None:
     assert run("shop:bare", "--strict") == (1, warned, "")
     assert run("shop:app", "--strict", "--workers", "2")[0] == 1
     assert run("shop:none")[0] == run("nowhere:app")[0] == run()[0] == 2
+
+
+def test_starlette_is_enough(tmp_path: Path) -> None:
+    """Where FastAPI is not installed, all that is not FastAPI's works."""
+    (tmp_path / "fastapi.py").write_text("raise ImportError\n")
+    (tmp_path / "page.py").write_text(
+        "from starlette.applications import Starlette\n"
+        "from starlette.responses import PlainTextResponse\n"
+        "from starlette.routing import Route\n"
+        "from starlette.testclient import TestClient\n"
+        "from gatekeeper_fastapi import check, limit\n"
+        "@limit('1/minute')\n"
+        "async def page(request):\n"
+        "    return PlainTextResponse('page')\n"
+        "app = Starlette(routes=[Route('/', page)])\n"
+        "print([TestClient(app).get('/').status_code for _ in range(2)], check(app).uncovered)\n"
+    )
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[200, 429] ()\n", "")

@@ -390,8 +390,9 @@ class TestMemory:
     def test_the_short_way_of_a_hit_answers_as_the_long_one(self, clock: VirtualClock, algorithm: str) -> None:
         random = Random(7)
         store, twin = MemoryStore(max_keys=6, clock=clock), MemoryStore(max_keys=6, clock=clock)
-        one, lowered = limit(4, 60, algorithm=algorithm), limit(3, 60, algorithm=algorithm)
-        hitters = {one: store.hitter(one), lowered: store.hitter(lowered)}
+        # Of these the second has numbers of the first's width in its states, the third of another.
+        one, *lowered = (limit(amount, 60, algorithm=algorithm) for amount in (4, 3, 1))
+        hitters = {each: store.hitter(each) for each in (one, *lowered)}
         receipts: list[tuple[str, object]] = []
         for step in range(6000):
             key = f"key{random.randrange(9)}"
@@ -406,7 +407,7 @@ class TestMemory:
                     for each in (store, twin):
                         each.ask(Batch(resets=[(one, key)]))
                 case _:
-                    which = one if random.randrange(9) else lowered
+                    which = one if random.randrange(9) else random.choice(lowered)
                     verdict = hitters[which](key)
                     assert verdict == ask(twin, (which, key, 1))[0], step
                     if verdict.receipt is not None:

@@ -1,0 +1,297 @@
+"""Limits that FastAPI's routes depend on before all else: asked before FastAPI begins, from the second request on."""
+
+# No `from __future__ import annotations`: FastAPI reads those of endpoints, which name things of their function.
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Annotated, Any
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
+from fastapi.routing import APIRoute
+from starlette.testclient import TestClient
+
+from gatekeeper import Gatekeeper, Ticket
+from gatekeeper.asgi import GatekeeperMiddleware, Message
+from gatekeeper.testing import VirtualClock, virtual
+from gatekeeper_fastapi import RateLimit, check, document
+from tests.fastapi_home import A, B, ask
+
+Make = Callable[..., FastAPI]
+
+
+@pytest.fixture(autouse=True)
+def clock() -> Iterator[VirtualClock]:
+    with virtual() as clock:
+        yield clock
+
+
+@pytest.fixture(params=["with the middleware", "alone"])
+def make(request: pytest.FixtureRequest) -> Make:
+    def make(**arguments: Any) -> FastAPI:
+        app = FastAPI(**arguments)
+        if request.param == "alone":
+            app.state.gatekeeper = Gatekeeper({})
+        else:
+            app.add_middleware(GatekeeperMiddleware, settings=Gatekeeper({}))
+        return app
+
+    return make
+
+
+async def send(app: Any, path: str, body: asyncio.Future[bytes], began: asyncio.Event) -> int:
+    """The status of a request whose body comes when `body` is done; `began` is set once it is waited for."""
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "method": "POST", "path": path,
+        "query_string": b"", "headers": [(b"content-type", b"application/json")], "client": A,
+        "server": ("h", 80), "scheme": "http",
+    }  # fmt: skip
+    statuses: list[int] = []
+
+    async def receive() -> Message:
+        began.set()
+        return {"type": "http.request", "body": await body, "more_body": False}
+
+    async def keep(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    await app(scope, receive, keep)
+    (status,) = statuses
+    return status
+
+
+async def posted(app: Any, path: str, body: bytes) -> int:
+    done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    done.set_result(body)
+    return await send(app, path, done, asyncio.Event())
+
+
+def test_invalid_requests_are_charged_and_a_refusal_costs_no_reading_of_the_body(make: Make) -> None:
+    app = make(dependencies=[Depends(RateLimit("3/minute"))])
+
+    @app.post("/a")
+    async def a(number: int, body: dict[str, int]) -> int:
+        return number
+
+    asks = [("/a?number=1", "{}"), ("/a?number=x", "{}"), ("/a?number=1", "[]"), ("/a?number=1", "no json")]
+    client = TestClient(app, client=A, headers={"content-type": "application/json"})
+    assert [client.post(path, content=body).status_code for path, body in asks] == [200, 422, 422, 429]
+
+
+def test_a_request_whose_body_comes_late_is_limited_though_the_limit_moves_to_the_front_meanwhile(
+    make: Make,
+) -> None:
+    app = make()
+
+    @app.post("/a", dependencies=[Depends(RateLimit("2/minute"))])
+    async def a(body: list[int]) -> int:
+        return len(body)
+
+    async def main() -> list[int]:
+        body: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        began = [asyncio.Event() for _ in range(3)]
+        tasks = [asyncio.create_task(send(app, "/a", body, event)) for event in began]
+        for event in began:
+            await event.wait()
+        statuses = [await posted(app, "/a", b"[]")]
+        body.set_result(b"[1]")
+        return [*statuses, *sorted(await asyncio.gather(*tasks)), await posted(app, "/a", b"[]")]
+
+    assert asyncio.run(main()) == [200, 200, 429, 429, 429]
+
+
+def test_what_stands_before_a_limit_runs_before_it_and_what_stands_after_it_only_if_it_lets_pass(
+    make: Make,
+) -> None:
+    app, seen = make(), list[str]()
+
+    def note(text: str) -> Any:
+        async def noted() -> None:
+            seen.append(text)
+
+        return Depends(noted)
+
+    def limit(rate: str = "9/minute") -> Any:
+        return Depends(RateLimit(rate))
+
+    @app.get("/behind", dependencies=[note("before"), limit("2/minute"), note("after")])
+    @app.get("/between", dependencies=[limit(), note("before"), limit("2/minute"), note("after"), limit()])
+    @app.get("/first", dependencies=[limit(), limit("2/minute"), note("after")])
+    async def page() -> str:
+        seen.append("page")
+        return "page"
+
+    for path, refused in (("/behind", ["before"]), ("/between", ["before"]), ("/first", [])):
+        assert ask(app, path, path, path) == [200, 200, 429]
+        before = ["before"] if refused else []
+        assert seen == [*before, "after", "page"] * 2 + refused, path
+        seen.clear()
+
+
+def test_limits_in_front_and_within_are_charged_and_told_together(make: Make) -> None:
+    app = make()
+
+    async def nothing() -> None:
+        pass
+
+    limits = [Depends(RateLimit(rate)) for rate in ("9/minute", "8/minute", "7/minute")]
+
+    @app.get("/a", dependencies=[limits[0], limits[1], Depends(nothing), limits[2]])
+    async def a(ticket: Annotated[Ticket, Depends(RateLimit("6/minute", name="last"))]) -> Response:
+        return PlainTextResponse(" ".join(str(charge.verdict.remaining) for charge in ticket.charges))
+
+    for spent in (1, 2, 3):
+        response = TestClient(app, client=A).get("/a")
+        assert response.text == " ".join(str(whole - spent) for whole in (9, 8, 7, 6))
+        assert response.headers.get_list("ratelimit") == [f'"last";r={6 - spent};t=61']
+        assert response.headers["ratelimit-policy"].count(";q=") == 4
+
+
+def test_a_limit_whose_value_is_wanted_stays_where_it_is(make: Make) -> None:
+    app, limit = make(), RateLimit("2/minute")
+
+    @app.get("/a", dependencies=[Depends(limit)])
+    async def a(ticket: Annotated[Ticket, Depends(limit)]) -> list[int]:
+        return [charge.verdict.remaining for charge in ticket.charges]
+
+    client = TestClient(app, client=A)
+    assert [client.get("/a").json() for _ in range(2)] == [[1], [0]]
+    assert ask(app, "/a", client=A) == [429]
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_overrides_hold_from_the_next_request_on_and_no_longer_than_they_are_there(
+    make: Make, included: bool
+) -> None:
+    app, limit = make(), RateLimit("2/minute")
+    router = APIRouter(dependencies=[Depends(limit)])
+    (router if included else app).add_api_route(
+        "/a", lambda: "a", dependencies=[] if included else [Depends(limit)]
+    )
+    app.include_router(router)
+    assert ask(app, *["/a"] * 3) == [200, 200, 429]
+    app.dependency_overrides = {limit: lambda: None}
+    assert ask(app, *["/a"] * 3) == [200] * 3
+    app.dependency_overrides = {print: lambda: None}
+    assert ask(app, "/a") == [429]
+    assert ask(app, *["/a"] * 3, client=B) == [200, 200, 429]
+    app.dependency_overrides = {}
+    assert ask(app, "/a") == [429]
+    assert ask(app, "/a", client=("203.0.113.3", 3)) == [200]
+
+
+def test_a_dependency_that_is_added_to_the_route_later_is_solved(make: Make) -> None:
+    app, seen = make(), list[str]()
+
+    async def late() -> None:
+        seen.append("late")
+
+    app.add_api_route("/a", lambda: "a", dependencies=[Depends(RateLimit("9/minute"))])
+    app.add_api_route("/b", lambda: "b", dependencies=[Depends(late)])
+    a, b = (route for route in app.routes if isinstance(route, APIRoute))
+    assert ask(app, "/a", "/a") == [200, 200]
+    for place in (0, 1, 3):
+        a.dependant.dependencies.insert(place, b.dependant.dependencies[0])
+        a.dependant.dependencies[place].use_cache = False
+    assert ask(app, "/a") == [200]
+    assert seen == ["late"] * 3
+
+
+def test_a_limit_in_front_that_refuses_frees_what_those_before_it_hold(make: Make, clock: VirtualClock) -> None:
+    limits = [Depends(RateLimit(concurrency=1)), Depends(RateLimit("1/minute"))]
+    app = make(dependencies=limits)
+    app.add_api_route("/a", lambda: "a")
+    for _ in range(3):
+        assert ask(app, "/a", "/a", "/a") == [200, 429, 429]
+        clock.advance(61)
+
+
+def test_gatekeepers_of_their_own_in_front_are_each_ended_and_told(clock: VirtualClock) -> None:
+    keepers = [Gatekeeper({}) for _ in range(3)]
+    given: list[dict[str, Any]] = [
+        {"concurrency": 1, "name": "busy"},
+        {"rate": "2/minute", "name": "b"},
+        {"rate": "1/minute", "name": "c", "give_back": ["2xx"]},
+    ]
+    limits = [Depends(RateLimit(keeper=keeper, **more)) for keeper, more in zip(keepers, given, strict=True)]
+    app = FastAPI(dependencies=limits)
+    app.add_api_route("/a", lambda: PlainTextResponse("a"))
+    for _ in range(3):
+        assert ask(app, "/a", "/a", "/a") == [200, 200, 429]
+        clock.advance(61)
+    with virtual(*keepers):
+        for _ in range(3):
+            response = TestClient(app, client=A).get("/a")
+        assert response.status_code == 429
+        assert '"b";r=0;t=61' in response.headers.get_list("ratelimit")
+
+
+def test_a_route_with_a_way_of_its_own_to_handle_requests_sees_refusals(make: Make) -> None:
+    seen: list[str] = []
+
+    class Seeing(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handler(request: Request) -> Response:
+                try:
+                    return await handle(request)
+                except Exception as error:
+                    seen.append(type(error).__name__)
+                    raise
+
+            return handler
+
+    app = make()
+    app.router.route_class = Seeing
+    app.add_api_route("/a", lambda: "a", dependencies=[Depends(RateLimit("1/minute"))])
+    assert ask(app, "/a", "/a", "/a") == [200, 429, 429]
+    assert seen == ["RateLimited"] * 2
+
+
+def test_a_request_that_an_endpoint_makes_of_its_own_application_is_limited_too(make: Make) -> None:
+    app = make(dependencies=[Depends(RateLimit("2/minute"))])
+
+    @app.post("/inner")
+    async def inner() -> str:
+        return "inner"
+
+    @app.post("/outer")
+    async def outer(again: bool = True) -> list[int]:
+        async def other() -> int:
+            return await posted(app, "/inner", b"")
+
+        return [await posted(app, "/inner", b""), await asyncio.create_task(other()), await other()]
+
+    client = TestClient(app, client=A)
+    assert client.post("/outer").json() == [200, 200, 429]
+    assert client.post("/outer").json() == [429] * 3
+    assert client.post("/outer").status_code == 429
+
+
+def test_documents_and_reports_see_limits_in_front(make: Make) -> None:
+    app = document(make(dependencies=[Depends(RateLimit("9/minute", name="site"))]))
+    app.add_api_route("/a", lambda: "a", dependencies=[Depends(RateLimit("5/minute", name="a"))])
+    assert ask(app, "/a", "/a") == [200, 200]
+    assert "429" in app.openapi()["paths"]["/a"]["get"]["responses"]
+    assert [rules for route, rules in check(app).routes if route.path == "/a"] == [("site", "a")]
+
+
+@pytest.mark.parametrize("raises", [KeyError, asyncio.CancelledError])
+def test_whatever_an_endpoint_raises_ends_the_request(make: Make, raises: type[BaseException]) -> None:
+    app, fails = make(), [False]
+
+    @app.post("/a", dependencies=[Depends(RateLimit(concurrency=1))])
+    async def a() -> str:
+        if fails[0]:
+            raise raises
+        return "a"
+
+    async def main() -> None:
+        for fails[0] in (False, True, True, False):
+            (answer,) = await asyncio.gather(asyncio.create_task(posted(app, "/a", b"")), return_exceptions=True)
+            assert isinstance(answer, raises) if fails[0] else answer == 200
+
+    asyncio.run(main())
