@@ -377,7 +377,7 @@ class Gatekeeper:
         environ = asked.environ
         current: Ticket | None = environ.get("gatekeeper.ticket")
         is_ours = isinstance(current, FlaskTicket) and current.home.extension is self
-        home: Home = cast(FlaskTicket, current).home if is_ours else self._home()
+        home: Home = current.home if is_ours else self._home()  # type: ignore[union-attr]
         keeper = home.keeper
         gate = keeper.gate
         ticket = None
@@ -390,7 +390,7 @@ class Gatekeeper:
         rule = home.rule(place, asked.url_rule, environ.get("SCRIPT_NAME", ""))
         # An OPTIONS may be a preflight, and free; of a function called again only the last call is kept.
         if (
-            keeper.store.local
+            (rule.hit is not None or keeper.store.local)
             and asked.method != "OPTIONS"
             and rule not in ticket.rules
             and gate.extend_at_once(ticket, rule, keeper.ask)
