@@ -810,5 +810,15 @@ def folded(text: str | None) -> str | None:
 
 
 def is_preflight(request: Request) -> bool:
-    """A browser asks whether a script may send a request (Fetch standard, CORS-preflight)."""
-    return request.field("origin") is not None and request.field("access-control-request-method") is not None
+    """A browser asks whether a script may send a request (Fetch standard, CORS-preflight).
+
+    It does so without a body and without credentials. With them it is none: where an application takes any method,
+    passwords would else be guessed by OPTIONS, free of charge.
+    """
+    field = request.field
+    return (
+        field("origin") is not None
+        and field("access-control-request-method") is not None
+        and field("content-length") in (None, "", "0")
+        and not any(field(name) for name in ("transfer-encoding", "cookie", "authorization"))
+    )

@@ -76,6 +76,8 @@ def rule(name: str = "default", rate: str | list[str] = "2/minute", **more: Any)
 
 OK, LIMITED = Then(200), Then(429)
 
+PREFLIGHT = [("Origin", "https://x"), ("Access-Control-Request-Method", "PUT")]
+
 LOGIN = rule("login", "1/minute", match="POST /login")
 ADMIN = rule("admin", "1/minute", match="/admin/*")
 
@@ -190,13 +192,28 @@ SCENARIOS: list[Scenario] = [
         "CORS preflights are free unless the rule says otherwise; a bare OPTIONS is not",
         {"limits": [rule("a", "1/minute", match="/a"), rule("b", "1/minute", match="/b", preflights=True)]},
         [
-            *[
-                (Ask("OPTIONS", "/a", headers=[("Origin", "https://x"), ("Access-Control-Request-Method", "PUT")]), OK)
-            ] * 3,
+            *[(Ask("OPTIONS", "/a", headers=PREFLIGHT), OK)] * 3,
             (Ask("OPTIONS", "/a"), OK),
             (Ask("OPTIONS", "/a"), LIMITED),
-            (Ask("OPTIONS", "/b", headers=[("Origin", "https://x"), ("Access-Control-Request-Method", "PUT")]), OK),
-            (Ask("OPTIONS", "/b", headers=[("Origin", "https://x"), ("Access-Control-Request-Method", "PUT")]), LIMITED),
+            (Ask("OPTIONS", "/b", headers=PREFLIGHT), OK),
+            (Ask("OPTIONS", "/b", headers=PREFLIGHT), LIMITED),
+        ],
+    ),
+    Scenario(
+        "a request with a body or with credentials is no preflight, whatever it says",
+        {"limits": [rule(rate="1/minute")]},
+        [
+            (Ask("OPTIONS", "/", headers=PREFLIGHT), OK),
+            (Ask("OPTIONS", "/", headers=[*PREFLIGHT, ("Cookie", "a=1")]), OK),
+            *[
+                (Ask("OPTIONS", "/", headers=[*PREFLIGHT, *more], body=body), LIMITED)
+                for more, body in (
+                    ([("Cookie", "a=1")], b""),
+                    ([("Authorization", "Basic YTpi")], b""),
+                    ([("Content-Length", "2"), ("X-Length", "2")], b"{}"),
+                )
+            ],
+            (Ask("OPTIONS", "/", headers=PREFLIGHT), OK),
         ],
     ),
     Scenario(

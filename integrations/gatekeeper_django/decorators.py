@@ -15,6 +15,7 @@ from django.urls import URLPattern, URLResolver
 from gatekeeper.commands import Hits, Replies, Steps, Verdict, arun, run
 from gatekeeper.decorators import Guard
 from gatekeeper.errors import SettingsError
+from gatekeeper.gate import is_preflight
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.ratelimit.algorithms import NS
 from gatekeeper.ratelimit.rules import Rule
@@ -170,7 +171,7 @@ class Limit:
                 if ticket.gate.off:
                     return await view(*args, **kwargs)
                 rule = self.rule(keeper, label, request, awaiting=True)
-                if rule in ticket.rules or (request.method == "OPTIONS" and _is_free(rule, ticket)):
+                if rule in ticket.rules or _is_free(rule, ticket):
                     return await view(*args, **kwargs)  # charged already: it was decorated twice
                 return await charge_async(ticket, rule, keeper, is_own, args, kwargs)
 
@@ -192,7 +193,7 @@ class Limit:
                 owner = args[0]
             is_async = owner is not None and is_awaited(owner)
             rule = self.rule(keeper, label, request, awaiting=is_async)
-            if rule in ticket.rules or (request.method == "OPTIONS" and _is_free(rule, ticket)):
+            if rule in ticket.rules or _is_free(rule, ticket):
                 return view(*args, **kwargs)
             if is_async:
                 return charge_async(ticket, rule, keeper, is_own, args, kwargs)
@@ -340,9 +341,7 @@ def charge_at_once(guard: Guard, ticket: DjangoTicket, rule: Rule, keeper: Gatek
 
 
 def _is_free(rule: Rule, ticket: DjangoTicket) -> bool:
-    """Whether an OPTIONS is a CORS preflight, which the rule does not charge."""
-    asks = ticket.field("origin") is not None and ticket.field("access-control-request-method") is not None
-    return asks and not rule.preflights
+    return ticket.method == "OPTIONS" and not rule.preflights and is_preflight(ticket)
 
 
 def _asking(ticket: DjangoTicket, rule: Rule, keeper: Gatekeeper) -> Callable[[Hits], Replies]:
