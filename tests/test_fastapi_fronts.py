@@ -149,6 +149,18 @@ def test_limits_in_front_and_within_are_charged_and_told_together(make: Make) ->
         assert response.headers["ratelimit-policy"].count(";q=") == 4
 
 
+def test_a_limit_by_a_parameter_of_the_path_counts_each_value_by_itself(make: Make) -> None:
+    app = make()
+    key = ["ip", "param:item"]
+
+    @app.get("/{shop}/{item}", dependencies=[Depends(RateLimit("2/minute", key=key))])
+    async def page(shop: str, item: str) -> str:
+        return item
+
+    assert ask(app, "/a/1", "/b/1", "/c/1", "/a/2", "/a/2", "/a/2") == [200, 200, 429, 200, 200, 429]
+    assert ask(app, "/a/1", client=B) == [200]
+
+
 def test_a_limit_whose_value_is_wanted_stays_where_it_is(make: Make) -> None:
     app, limit = make(), RateLimit("2/minute")
 

@@ -43,6 +43,19 @@ Reading: TypeAlias = Callable[["Asker"], str | None]
 BODY_FIELDS: Final = ("form", "json")
 
 
+class Native:
+    """A part of a key that a framework's adapter reads off its own request, as rules read theirs.
+
+    A function of the user's is called by the shell, for it may do anything; this one need not be.
+    """
+
+    def __init__(self, read: Reading) -> None:
+        self.read = read
+
+    def __call__(self, asker: Asker) -> str | None:
+        return self.read(asker)
+
+
 class Asker(Subject, Protocol):
     """A request, and what had to be asked for before it could be decided."""
 
@@ -225,7 +238,7 @@ class Rule:
         self._parts = tuple(self._reading(one) for one in keys)
         self._tier = None if tier is None else self._reading(tier)
         texts = [text for text in (*keys, tier) if isinstance(text, str)]
-        called = [one for one in (*keys, tier, cost) if callable(one)]
+        called = [one for one in (*keys, tier, cost) if callable(one) and not isinstance(one, Native)]
         # What has to be asked for before this can be decided.
         self.needs_user = (exempt is not None and exempt.needs_user) or any(_of_user(text) for text in texts)
         self.functions: tuple[Function, ...] = (*called, *(exempt.functions if exempt is not None else ()))
@@ -256,6 +269,8 @@ class Rule:
         """Asks the store for a hit of the only limit there is, where store and rule are so simple; else None."""
 
     def _reading(self, one: str | Function) -> Reading:
+        if isinstance(one, Native):
+            return one.read
         if callable(one):
             return lambda asker: as_text(asker.answers.get(one))
         return key_part(one, self.route, self.pattern)

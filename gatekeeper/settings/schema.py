@@ -23,7 +23,7 @@ from gatekeeper.http.addresses import NetworkError, parse_network
 from gatekeeper.http.parts import PartError, part
 from gatekeeper.http.routes import Pattern
 from gatekeeper.ratelimit.rates import parse_rates
-from gatekeeper.ratelimit.rules import KEYS, KeyPartError, key_part
+from gatekeeper.ratelimit.rules import KEYS, KeyPartError, Native, key_part
 from gatekeeper.settings.affinity import AffinitySettings
 from gatekeeper.settings.base import Boolean, Integer, Model, Strings, Text, as_list, default
 from gatekeeper.settings.bearer import BearerSettings
@@ -429,7 +429,8 @@ class LimitSettings(Model):
     @property
     def functions(self) -> list[Callable[..., Any]]:
         """All functions that are called for a request."""
-        return [one for one in (*self.key, self.cost, self.tier, *self.exempt) if callable(one)]
+        parts = (*self.key, self.cost, self.tier, *self.exempt)
+        return [one for one in parts if callable(one) and not isinstance(one, Native)]
 
 
 class AccessSettings(Model):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Final, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Host, Mount, compile_path
 
 from gatekeeper.asgi import GatekeeperMiddleware
+from gatekeeper.ratelimit.rules import Native
 
 _DEEPEST: Final = 32  # an application may be mounted in itself
 _MOST: Final = 1024
@@ -237,11 +238,11 @@ def _is_parameter(part: object) -> bool:
     return isinstance(part, str) and re.fullmatch(r"param:[A-Za-z_]\w*", part) is not None
 
 
-def _parameter(part: str) -> Callable[[Any], str | None]:
+def _parameter(part: str) -> Native:
     name = part.partition(":")[2]
 
     def parameter(request: Any) -> str | None:
         value = request.native.get("path_params", {}).get(name)
         return None if value is None else str(value)
 
-    return parameter
+    return Native(parameter)
