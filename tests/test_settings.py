@@ -6,21 +6,26 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from gatekeeper import Gatekeeper
 from gatekeeper.decorators import Guard
 from gatekeeper.errors import GatekeeperError, SettingsError
 from gatekeeper.settings import (
     GREATEST_FILE,
+    LimitSettings,
     PoolSettings,
     Settings,
     TcpAddress,
@@ -208,9 +213,7 @@ def test_a_file_is_the_same_as_its_mapping(tmp_path: Path, kind: type[str] | typ
 def test_the_user_may_be_a_function_or_the_name_of_one() -> None:
     assert load_settings({"identity": {"user": user_function}}).identity.user is user_function
     assert load_settings({"identity": {"user": "json:dumps"}}).identity.user is json.dumps
-    assert load_settings({"identity": {"user": "json.decoder:JSONDecoder.decode"}}).identity.user is (
-        json.JSONDecoder.decode
-    )
+    assert load_settings({"identity": {"user": "pathlib:Path.as_posix"}}).identity.user is Path.as_posix
 
 
 def test_settings_are_frozen() -> None:
@@ -514,15 +517,15 @@ def test_places_are_counted_as_people_do() -> None:
 @pytest.mark.parametrize(
     ("document", "path", "expected"),
     [
-        ({"store": SECRET}, "store", "expected a valid dictionary"),
-        ({"store": [SECRET]}, "store", "expected a valid dictionary"),
+        ({"store": SECRET}, "store", "expected a table (a mapping), such as { url = … }"),
+        ({"store": [SECRET]}, "store", "expected a table (a mapping), such as { url = … }"),
         ({"store": {"url": f"redis:/user:{SECRET}@host"}}, "store.url", "expected the URL of a store"),
         ({"store": {"url": {"password": SECRET}}}, "store.url", "expected a valid string"),
         ({"store": {"max_keys": SECRET}}, "store.max_keys", "expected a valid integer"),
         ({"store": {"max_keys": 0}}, "store.max_keys", "expected greater than or equal to 1"),
         ({"store": {"max_keys": 1.5}}, "store.max_keys", "expected a valid integer"),
         ({"store": {"on_error": SECRET}}, "store.on_error", "expected 'local', 'allow' or 'deny'"),
-        ({"identity": SECRET}, "identity", "expected a valid dictionary"),
+        ({"identity": SECRET}, "identity", "expected a table (a mapping), such as { trusted_proxies = … }"),
         ({"identity": {"trusted_proxies": SECRET}}, "identity.trusted_proxies", "expected networks"),
         ({"identity": {"trusted_proxies": ["10.0.0.0/8", SECRET]}}, "identity.trusted_proxies", "expected networks"),
         ({"identity": {"trusted_proxies": ["10.0.0.1/8"]}}, "identity.trusted_proxies", "no bit set behind the prefix"),
@@ -551,7 +554,7 @@ def test_places_are_counted_as_people_do() -> None:
         ({"response": {"fields": SECRET}}, "response.fields", "expected a valid boolean"),
         ({"limits": SECRET}, "limits", "two brackets"),
         ({"limits": {"name": SECRET}}, "limits", "two brackets"),
-        ({"limits": [SECRET]}, "limits[0]", "expected a valid dictionary"),
+        ({"limits": [SECRET]}, "limits[0]", "expected a table (a mapping), such as { name = …, rate = … }"),
         ({"limits": [{"rate": "5/minute"}]}, "limits[0].name", "expected a value, there is none"),
         ({"limits": [{"name": SECRET}]}, "limits[0].rate", "expected a value, there is none"),
         (limit(name=f"{SECRET} x"), "limits[0].name", "expected 1 to 64 letters"),
@@ -597,8 +600,9 @@ def test_places_are_counted_as_people_do() -> None:
         (limit(give_back="600"), "limits[0].give_back", "expected statuses"),
         (limit(give_back="4x"), "limits[0].give_back", "expected statuses"),
         (limit(give_back=[404]), "limits[0].give_back[0]", "expected a valid string"),
+        (limit(penalty=SECRET), "limits[0].penalty", "expected a table (a mapping), such as { strikes = … }"),
         (limit(preflights=SECRET), "limits[0].preflights", "expected a valid boolean"),
-        ({"listen": SECRET}, "listen", "expected a valid dictionary"),
+        ({"listen": SECRET}, "listen", "expected a table (a mapping), such as { address = … }"),
         (listen(address=SECRET), "listen.address", 'expected "host:port"'),
         (listen(address=8080), "listen.address", "expected a valid string"),
         (listen(address=f"unix:{SECRET}"), "listen.address", "expected an absolute path"),
@@ -646,6 +650,7 @@ def test_places_are_counted_as_people_do() -> None:
         (ring(key=SECRET), "pools.api.key", "expected ip, user, header:NAME, cookie:NAME, query:NAME, claim:NAME or path"),
         (ring(key="method"), "pools.api.key", "expected ip, user"),
         (ring(key="host"), "pools.api.key", "expected ip, user"),
+        (ring(key="cokie:sid"), "pools.api.key", 'claim:NAME or path; did you mean "cookie:sid"?'),
         (ring(key="route"), "pools.api.key", "expected ip, user"),
         (ring(key=f"header:{SECRET} x"), "pools.api.key", "expected ip, user"),
         (ring(key=["ip"]), "pools.api.key", "expected a valid string"),
@@ -679,7 +684,7 @@ def test_places_are_counted_as_people_do() -> None:
         (pool(response_timeout="5"), "pools.api.response_timeout", "expected a duration"),
         (pool(read_timeout=None), "pools.api.read_timeout", "expected a duration"),
         (pool(idle_timeout="4 s"), "pools.api.idle_timeout", "expected a duration"),
-        (pool(health=SECRET), "pools.api.health", "expected a valid dictionary"),
+        (pool(health=SECRET), "pools.api.health", "expected a table (a mapping), such as { failures = … }"),
         (pool(health={"failures": 0}), "pools.api.health.failures", "expected greater than or equal to 1"),
         (pool(health={"eject_for": "0s"}), "pools.api.health.eject_for", "above 0s"),
         (pool(health={"eject_for": SECRET}), "pools.api.health.eject_for", "expected a duration"),
@@ -687,8 +692,8 @@ def test_places_are_counted_as_people_do() -> None:
         (pool(health={"eject_for": "2s", "eject_at_most": "1s"}), "pools.api.health", "expected eject_for within"),
         ({"routes": SECRET}, "routes", "two brackets"),
         ({"routes": {"match": SECRET}}, "routes", "two brackets"),
-        (routes(SECRET), "routes[0]", "expected a valid dictionary"),
-        (pool(affinity=SECRET), "pools.api.affinity", "expected a valid dictionary"),
+        (routes(SECRET), "routes[0]", "expected a table (a mapping), such as { match = …, pool = … }"),
+        (pool(affinity=SECRET), "pools.api.affinity", "expected a table (a mapping), such as { cookie = … }"),
         (pool(affinity={"cookie": f"{SECRET} x"}), "pools.api.affinity.cookie", "String should match pattern"),
         (pool(affinity={"cookie": ""}), "pools.api.affinity.cookie", "String should match pattern"),
         (pool(affinity={"cookie": "__Host-gk", "secure": False}), "pools.api.affinity.cookie", "expected secure = true beside the prefix __Host-"),
@@ -746,6 +751,129 @@ def test_a_wrong_value_is_told_by_its_path_and_what_was_expected(document: Any, 
     (problem,) = problems_of(document)
     assert problem.startswith(f"{path}: ")
     assert expected in problem
+
+
+def tables_of(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """The paths of the tables in a model, but for those in lists and those with names of their own."""
+    for name, field in model.model_fields.items():
+        kinds = () if get_origin(field.annotation) in (list, dict) else get_args(field.annotation)
+        for kind in (field.annotation, *kinds):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield (name,)
+                yield from ((name, *path) for path in tables_of(kind))
+
+
+@pytest.mark.parametrize("path", list(tables_of(Settings)), ids=".".join)
+def test_in_the_place_of_any_table_one_is_expected_in_words_for_toml_and_python(path: tuple[str, ...]) -> None:
+    """Some keys that it has are told, and never the name of a class of ours."""
+    document: Any = SECRET
+    for key in reversed(path):
+        document = {key: document}
+    told = next(line for line in problems_of(document) if line.startswith(f"{'.'.join(path)}: "))
+    assert re.fullmatch(r"[a-z._]+: expected a table \(a mapping\), such as \{ ([a-z_]+ = …(, )?)+ \}", told)
+
+
+@pytest.mark.parametrize("value", [SECRET, {"name": SECRET}, 7])
+def test_in_the_place_of_rules_a_list_is_expected_in_words_for_toml_and_python(value: object) -> None:
+    assert problems_of({"limits": value}) == (
+        "limits: expected a list of tables (mappings), which TOML has under a [[limits]] each (two brackets)",
+    )
+
+
+class Asks:
+    """Calls of which one takes a request, and others do not."""
+
+    def __call__(self, request: object, more: object) -> str:
+        return "x"
+
+    def nothing(self) -> str:
+        return "x"
+
+    def one(self, request: object) -> str:
+        return "x"
+
+    async def two(self, request: object, more: object) -> str:
+        return "x"
+
+
+def wrapper_of_none(request: object) -> str:
+    return Asks().nothing()
+
+
+wrapper_of_none.__wrapped__ = Asks().nothing  # type: ignore[attr-defined]  # as functools.wraps does
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: "x", Asks(), Asks().nothing, Asks().two, partial(user_function, "a"), partial(lambda a, b, c: "x", 1),
+        lambda *, request: "x", f"{__name__}:Asks.one", "os:getcwd",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "path", ["limits[0].key", "limits[0].tier", "limits[0].cost", "limits[0].exempt", "identity.user"]
+)
+def test_a_function_that_cannot_be_called_with_the_request_alone_is_told(function: Any, path: str) -> None:
+    key = path.rpartition(".")[2]
+    tiers = {"tiers": {"pro": "9/minute"}} if key == "tier" else {}
+    document = {"identity": {"user": function}} if key == "user" else limit(**{key: function}, **tiers)
+    assert problems_of(document) == (f"{path}: expected a function of the request, that is of one parameter",)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        user_function, wrapper_of_none, Asks().one, partial(lambda a, b: "x", 1), lambda *all: "x",
+        lambda request, more=1: "x", str, itemgetter("a"), MagicMock(), f"{__name__}:user_function",
+    ],
+)  # fmt: skip
+def test_a_function_that_can_be_called_with_the_request_is_taken_and_what_does_not_tell(function: Any) -> None:
+    """A wrapper is judged by itself, and not by what it wraps."""
+    load_settings({"identity": {"user": function}, **limit(key=["ip", function], cost=function, exempt=function)})
+
+
+def test_which_of_several_functions_has_the_wrong_parameters_is_told() -> None:
+    (problem,) = problems_of(limit(key=["ip", lambda: "x"]))
+    assert problem.endswith("of one parameter (see the 2nd)")
+
+
+def test_a_handler_of_refusals_has_parameters_of_its_own() -> None:
+    load_settings({"response": {"handler": lambda ticket, refusal: refusal}})
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("cooki:a", 'did you mean "cookie:a"?'),
+        ("cokie:a", 'did you mean "cookie:a"?'),
+        ("heder:X-Tenant", 'did you mean "header:X-Tenant"?'),
+        ("parm:a", 'did you mean "param:a"?'),
+        ("usr", 'did you mean "user"?'),
+        ("get:q", "there is no module of that name"),
+        ("user:a", "there is no module of that name"),
+        (f"{SECRET}:function", "there is no module of that name"),
+    ],
+)
+def test_a_misspelt_part_of_a_key_is_not_told_as_a_module(text: str, hint: str) -> None:
+    for path, rule in (("key", {"key": text}), ("tier", {"tier": text, "tiers": {"pro": "9/minute"}})):
+        (problem,) = problems_of(limit(**rule))
+        assert problem.startswith(f"limits[0].{path}: expected ip, ip/BITS, user, ")
+        assert problem.endswith(f'or "package.module:function"; {hint}')
+
+
+def test_a_module_in_a_package_that_cannot_be_imported_is_told_as_such() -> None:
+    (problem,) = problems_of(limit(key="cooki.es:a"))
+    assert problem.startswith("limits[0].key: expected a module that can be imported")
+
+
+def test_a_decorator_is_not_offered_keys_that_it_refuses() -> None:
+    for written in ({"method": "POST"}, {"macth": "/a"}, {"override": "a"}):
+        with pytest.raises(SettingsError) as caught:
+            Guard("5/minute", None, written)
+        (problem,) = caught.value.problems
+        known = problem.partition("; expected ")[2].split(", ")
+        assert problem.startswith(f"{next(iter(written))}: unknown key; expected name, rate, ")
+        assert {*LimitSettings.model_fields} - {*known} == {"match", "per", "overrides"}
 
 
 def test_affinity_has_a_cookie_named_by_the_pool_unless_it_is_told_another_or_a_field_alone() -> None:
@@ -1051,7 +1179,8 @@ def test_what_a_module_raised_is_the_cause_of_the_error_and_a_way_round_is_told(
             "importing it raised SettingsError: put what the settings name in a module of its own",
         ),
         ("lacking", ModuleNotFoundError, "importing it raised ModuleNotFoundError"),
-        (SECRET, type(None), "importing it raised ModuleNotFoundError"),
+        (f"no.{SECRET}", type(None), "importing it raised ModuleNotFoundError"),
+        (SECRET, type(None), "there is no module of that name"),
     ):
         for key in (f"{module}:function", ["ip", f"{module}:function"]):
             sys.modules.pop(module, None)

@@ -7,14 +7,13 @@ value is never shown, for it may be a secret.
 from __future__ import annotations
 
 import codecs
-import difflib
 import errno
 import json
 import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, get_args, get_origin
 
@@ -26,9 +25,16 @@ from gatekeeper.ratelimit.rates import Rate, RateError, parse_rates
 from gatekeeper.settings.affinity import misfit_affinity
 from gatekeeper.settings.base import as_list
 from gatekeeper.settings.bearer import misfit_bearer
-from gatekeeper.settings.schema import MOST_VNODES, MOST_WEIGHT, HealthSettings, PenaltySettings, Settings
+from gatekeeper.settings.schema import (
+    MOST_VNODES,
+    MOST_WEIGHT,
+    HealthSettings,
+    LimitSettings,
+    PenaltySettings,
+    Settings,
+)
 from gatekeeper.settings.session import misfit_session, session_cookie
-from gatekeeper.settings.values import Duration, parse_upstream, store_scheme, upstream_url
+from gatekeeper.settings.values import Duration, near, parse_upstream, store_scheme, upstream_url
 from gatekeeper.upstreams.policies import POLICIES
 
 MOST_PROBLEMS: Final = 1000
@@ -91,7 +97,7 @@ def _misfit_limits(limits: object) -> list[str]:
                     problems.append(f"{path}.name: expected a name of its own; limits[{other}] is told by the same")
         for overridden in _listed(as_list(limit.get("overrides"))):
             if isinstance(overridden, str) and overridden not in names:
-                problems.append(f"{path}.overrides: expected names of other rules{_near(overridden, names)}")
+                problems.append(f"{path}.overrides: expected names of other rules{near(overridden, names)}")
         if isinstance(name, str) and name in _overridden(name, tables):
             problems.append(f"{path}.overrides: expected no rule that overrides this one in its turn")
         scope = limit.get("scope")
@@ -195,11 +201,6 @@ def _misfit_parameters(limit: Mapping[str, Any]) -> Iterator[str]:
                     yield f".{key}: expected the name of a {{name}} in match{': ' * bool(known)}{known}"
 
 
-def _near(text: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(text[:64], names, n=1)
-    return f"; did you mean {json.dumps(near[0])}?" if near else ""
-
-
 _EJECTION: Final = {key: HealthSettings.model_fields[key].default for key in ("eject_for", "eject_at_most")}
 
 
@@ -269,9 +270,8 @@ def _misfit_routes(routes: object, pools: Mapping[Any, Any]) -> Iterator[str]:
         path = f"routes[{place}]"
         pool = route.get("pool")
         if isinstance(pool, str) and pool not in pools:
-            near = difflib.get_close_matches(pool[:64], names, n=1)
-            if near:
-                hint = f"; did you mean {json.dumps(near[0])}?"
+            if meant := near(pool, names):
+                hint = meant
             elif names:
                 hint = f": {', '.join(_shown(name) for name in names[:10])}{', …' if len(names) > 10 else ''}"
             else:
@@ -295,6 +295,19 @@ def load_settings(source: Settings | Mapping[str, Any] | str | Path) -> Settings
     if not isinstance(source, Mapping):
         raise SettingsError([f"expected a mapping, or the path of a TOML file, and not {type(source).__name__}"])
     return _validate(source, "")
+
+
+def load_limit(written: Mapping[str, Any], unnamed: Collection[str]) -> LimitSettings:
+    """The settings of one rule. `unnamed`: keys that are not suggested in the place of an unknown one.
+
+    Raises SettingsError, whose paths begin below the rule.
+    """
+    try:
+        (limit,) = _validate({"limits": [written]}, "", unnamed).limits
+    except SettingsError as error:
+        problems = [problem.removeprefix("limits[0].") for problem in error.problems]
+        raise SettingsError(problems) from error.__cause__
+    return limit
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -338,13 +351,13 @@ def _load_file(path: Path) -> Settings:
     return _validate(document, f"{path}: ")
 
 
-def _validate(document: Mapping[str, Any], prefix: str) -> Settings:
+def _validate(document: Mapping[str, Any], prefix: str, unnamed: Collection[str] = ()) -> Settings:
     settings, problems, cause = None, [], None
     try:
         settings = Settings.model_validate(dict(document))
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
-        problems = [_line(found, document) for found in errors]
+        problems = [_line(found, document, unnamed) for found in errors]
         cause = next(filter(None, map(_cause, errors)), None)
     except RecursionError:
         problems = ["expected settings that are not nested so deep"]
@@ -362,21 +375,22 @@ def _cause(error: Any) -> BaseException | None:
     return wrong.__cause__ if isinstance(wrong, Exception) else None
 
 
-def _line(error: Any, document: Mapping[str, Any]) -> str:
+def _line(error: Any, document: Mapping[str, Any], unnamed: Collection[str]) -> str:
     parts = _place(error["loc"], document)
     path = ""
     for part in parts:
         path += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if path else _shown(part)
     kind = error["type"]
     if kind == "extra_forbidden":
-        known = _keys_at(parts[:-1])
-        near = difflib.get_close_matches(str(parts[-1]), known, n=1)
-        hint = f'; did you mean "{near[0]}"?' if near else f"; expected {', '.join(known)}" if known else ""
+        known = [key for key in _keys_at(parts[:-1]) if key not in unnamed]
+        hint = near(str(parts[-1]), known) or (f"; expected {', '.join(known)}" if known else "")
         return f"{path}: unknown key{hint}"
     if kind == "missing":
         return f"{path}: expected a value, there is none"
     if kind in ("list_type", "dict_type", "model_type") and (wanted := _WANTED.get((*parts[:1], len(parts)))):
         return f"{path}: expected {wanted}"
+    if kind == "model_type":
+        return f"{path}: expected {_table_of(parts)}"
     if kind == "list_type":
         return f"{path}: expected a string, or a list of strings"
     message = error["msg"].removeprefix("Value error, ")
@@ -385,10 +399,11 @@ def _line(error: Any, document: Mapping[str, Any]) -> str:
 
 
 _WANTED: Final[dict[tuple[object, ...], str]] = {
-    ("limits", 1): "rules, each under a [[limits]] of its own (two brackets)",
-    ("routes", 1): "routes, each under a [[routes]] of its own (two brackets)",
-    ("pools", 1): "pools, each under a [pools.NAME] of its own",
-    ("pools", 2): "a pool, under a [pools.NAME] of its own",
+    ("limits", 1): "a list of tables (mappings), which TOML has under a [[limits]] each (two brackets)",
+    ("limits", 2): "a table (a mapping), such as { name = …, rate = … }",
+    ("routes", 1): "a list of tables (mappings), which TOML has under a [[routes]] each (two brackets)",
+    ("pools", 1): "tables (mappings) by the names of pools, which TOML has under a [pools.NAME] each",
+    ("pools", 2): "a table (a mapping), such as { upstreams = … }, which TOML has under a [pools.NAME]",
 }
 """What should be where a table or a list of them is neither, by the first key and the length of the path."""
 
@@ -415,8 +430,21 @@ def _shown(key: object) -> str:
     return text if re.fullmatch(r"[\w-]{1,64}", text) else json.dumps(text[:64])
 
 
+def _table_of(path: list[int | str]) -> str:
+    """What should be at the path of a table, with the keys that it must have, or its first."""
+    model = _model_at(path)
+    fields = {} if model is None else model.model_fields
+    keys = [key for key, field in fields.items() if field.is_required()] or list(fields)[:1]
+    return f"a table (a mapping), such as {{ {', '.join(f'{key} = …' for key in keys)} }}"
+
+
 def _keys_at(path: list[int | str]) -> list[str]:
     """The keys that the schema knows at a path; none where it knows no table."""
+    model = _model_at(path)
+    return [] if model is None else list(model.model_fields)
+
+
+def _model_at(path: list[int | str]) -> type[BaseModel] | None:
     kind: Any = Settings
     for part in path:
         if isinstance(part, int):
@@ -426,10 +454,10 @@ def _keys_at(path: list[int | str]) -> list[str]:
         elif isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
             kind = kind.model_fields[part].annotation
         else:
-            return []
+            return None
         if type(None) in get_args(kind):  # a table that may be left out
             kind = get_args(kind)[0]
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def warnings(settings: Settings, workers: int | None = None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -34,14 +33,17 @@ from gatekeeper.settings.values import (
     STORE_PATTERN,
     Address,
     Duration,
+    NoModuleError,
     Size,
     is_asynchronous,
     load_object,
+    near,
     nth,
     parse_address,
     parse_upstream,
     proper_name,
     store_url,
+    takes_one,
     upstream_url,
 )
 from gatekeeper.upstreams.policies import POLICIES
@@ -79,14 +81,49 @@ def _function(value: object, expected: str) -> Callable[..., Any]:
     return value
 
 
+def _asked(value: object, expected: str) -> Callable[..., Any]:
+    """A function that is called with the request alone."""
+    function = _function(value, expected)
+    if not takes_one(function):
+        raise ValueError("expected a function of the request, that is of one parameter")
+    return function
+
+
+def _meant(text: str, known: str, is_part: Callable[[str], bool]) -> str:
+    """The end of a line: which of the known parts of a key was perhaps meant by a text, if any.
+
+    What is behind the colon of "cokie:a" is a name, and no secret: it is told where "cookie:a" would be a part.
+    """
+    kind, colon, name = text.partition(":")
+    words = [re.split("[:/]", one)[0] for one in re.split(", | or ", known)]
+    fitting = [word for word in words if is_part(word + colon + name)]
+    return "" if kind in words else near(kind, fitting, colon + name)
+
+
+def _is_key_part(text: str) -> bool:
+    if text.startswith("param:"):  # of a parameter the pattern decides
+        return True
+    with suppress(KeyPartError):
+        key_part(text)
+        return True
+    return False
+
+
 def _one_key(value: object) -> object:
-    if isinstance(value, str) and not value.startswith("param:"):  # of a parameter the pattern decides
-        try:
-            key_part(value)
-        except KeyPartError as error:
-            return _function(value, str(error))
-        return value
-    return value if isinstance(value, str) else _function(value, f"expected {KEYS}")
+    if not isinstance(value, str):
+        return _asked(value, f"expected {KEYS}")
+    return value if _is_key_part(value) else _asked_by_name(value)
+
+
+def _asked_by_name(text: str) -> Callable[..., Any]:
+    """The function that a text names. A misspelt part of a key, such as "cokie:a", has the form of one as well."""
+    meant = _meant(text, KEYS, _is_key_part)
+    try:
+        return _asked(text, f"expected {KEYS}{meant}")
+    except NoModuleError:
+        if "." in text.partition(":")[0]:
+            raise
+        raise ValueError(f"expected {KEYS}{meant or '; there is no module of that name'}") from None
 
 
 def _keys(value: object) -> object:
@@ -106,7 +143,7 @@ def _cost(value: object) -> object:
         if not 1 <= value <= 10**9:
             raise ValueError(expected)
         return value
-    return _function(value, expected)
+    return _asked(value, expected)
 
 
 def _tier(value: object) -> object:
@@ -156,7 +193,7 @@ def _exemption(value: object) -> object:
         with suppress(NetworkError):
             parse_network(value)
             return value
-    return _function(value, _EXEMPT_EXPECTED)
+    return _asked(value, _EXEMPT_EXPECTED)
 
 
 def _listed_networks(texts: list[str]) -> list[str]:
@@ -223,12 +260,7 @@ def _user(value: object) -> object:
             if not _USER_NAMES[kind].fullmatch(name):
                 raise ValueError(_USER_EXPECTED)
             return value
-        if not OBJECT.fullmatch(value):
-            raise ValueError(_USER_EXPECTED)
-        value = load_object(value)
-    if not callable(value):
-        raise ValueError(_USER_EXPECTED)
-    return value
+    return _asked(value, _USER_EXPECTED)
 
 
 MOST_WEIGHT: Final = 1000
@@ -242,8 +274,8 @@ def _policy(value: object) -> object:
         if value in POLICIES:
             return value
         if not OBJECT.fullmatch(value):
-            near = difflib.get_close_matches(value[:64], POLICIES, n=1)
-            raise ValueError(f'expected a policy; did you mean "{near[0]}"?' if near else expected)
+            meant = near(value, POLICIES)
+            raise ValueError(f"expected a policy{meant}" if meant else expected)
         value = load_object(value)
     if not callable(value):
         raise ValueError(expected)
@@ -253,16 +285,18 @@ def _policy(value: object) -> object:
 _POOL_KEYS: Final = "ip, user, header:NAME, cookie:NAME, query:NAME, claim:NAME or path"
 
 
+def _is_pool_key(text: str) -> bool:
+    if text in ("ip", "user", "path"):
+        return True
+    with suppress(PartError):
+        part(text)
+        return ":" in text
+    return False
+
+
 def _pool_key(text: str) -> str:
-    if text not in ("ip", "user", "path"):
-        try:
-            if ":" not in text:
-                raise PartError
-            part(text)
-        except PartError:
-            raise ValueError(
-                "expected ip, user, header:NAME, cookie:NAME, query:NAME, claim:NAME or path"
-            ) from None
+    if not _is_pool_key(text):
+        raise ValueError(f"expected {_POOL_KEYS}{_meant(text, _POOL_KEYS, _is_pool_key)}")
     return text
 
 

@@ -5,10 +5,13 @@ What reads them raises ValueError with what was expected, and never repeats the 
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from inspect import iscoroutinefunction, signature
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -254,6 +257,10 @@ OBJECT: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 """The form of "package.module:Name"."""
 
 
+class NoModuleError(ValueError):
+    """There is no module of the name that stands before the colon."""
+
+
 def load_object(text: str) -> Any:
     """The object that "package.module:Name" names. Raises ValueError that says which step failed."""
     module, _, name = text.partition(":")
@@ -262,10 +269,13 @@ def load_object(text: str) -> Any:
     except (Exception, SystemExit) as error:
         # Of what reads these settings while it is imported, and is imported by that module in its turn.
         around = isinstance(error, ImportError | SettingsError) and not isinstance(error, ModuleNotFoundError)
-        raise ValueError(
+        told = (
             f"expected a module that can be imported; importing it raised {type(error).__name__}"
             f"{_APART if around else ''}"
-        ) from (None if _repeats(error, module) else error)
+        )
+        if _repeats(error, module):
+            raise NoModuleError(told) from None
+        raise ValueError(told) from error
     for attribute in name.split("."):
         try:
             found = getattr(found, attribute)
@@ -294,12 +304,31 @@ def is_asynchronous(function: object) -> bool:
     return iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
+def takes_one(function: Any) -> bool:
+    """Whether it can be called with one argument; so can, for all we know, what does not tell its parameters."""
+    try:
+        told = signature(function, follow_wrapped=False)  # it is the wrapper that is called
+    except (TypeError, ValueError):
+        return True
+    try:
+        told.bind(object())
+    except TypeError:
+        return False
+    return True
+
+
 def parameters(function: Any) -> list[str]:
     """The names of a function's parameters; none of what does not tell them."""
     try:
         return list(signature(function).parameters)
     except (TypeError, ValueError):
         return []
+
+
+def near(text: str, names: Iterable[str], rest: str = "") -> str:
+    """The end of a line: which of the names was perhaps meant by a misspelt one, if any. `rest` stood behind it."""
+    found = difflib.get_close_matches(text[:64], list(names), n=1)
+    return f"; did you mean {json.dumps(found[0] + rest)}?" if found else ""
 
 
 def nth(place: int) -> str:

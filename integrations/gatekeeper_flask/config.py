@@ -31,6 +31,9 @@ def settings_of(config: Config, given: Given) -> Keeper | Settings | Mapping[str
     `GATEKEEPER_LIMITS` is the key `limits`, `GATEKEEPER_STORE_URL` the key `url` of `store`. What is None counts as
     not there. A path is relative to the application, as that of `config.from_file`. Raises SettingsError.
     """
+    workers = config.get(f"{PREFIX}WORKERS")
+    if workers is not None and (type(workers) is not int or workers < 1):  # true is no number
+        raise SettingsError([f"{PREFIX}WORKERS: expected a whole number from 1 upwards"])
     base = config.get("GATEKEEPER")
     base = given if base is None else base
     over = {
