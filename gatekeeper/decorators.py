@@ -14,8 +14,8 @@ from gatekeeper.commands import Steps, Verdict, arun, run
 from gatekeeper.errors import Limited, SettingsError
 from gatekeeper.gate import Gate, is_preflight
 from gatekeeper.ratelimit.algorithms import NS
-from gatekeeper.ratelimit.rules import Rule
-from gatekeeper.settings import LimitSettings, is_asynchronous, load_settings
+from gatekeeper.ratelimit.rules import Native, Rule
+from gatekeeper.settings import LimitSettings, is_asynchronous, load_limit
 from gatekeeper.ticket import BareTicket, Ticket, tightness
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ IN_USE: list[None] = []
 """Not empty once any function was decorated. Until then no ticket need be put where functions find it."""
 
 _OF_BODY: Final = ("form:", "json:")
+
+_OF_SETTINGS: Final = ("match", "per", "overrides")
+"""Keys of rules of the settings alone: a guard is for where it stands."""
+
+_PARAMETER: Final = re.compile(r"param:[A-Za-z_]\w*")
 
 _LIMITS: Final = "__gatekeeper_limits__"
 """An attribute of a limited function: how many limits stand upon one another there."""
@@ -55,7 +60,7 @@ class Guard:
         *,
         by_call: bool = True,
     ) -> None:
-        for key in ("match", "per", "overrides"):
+        for key in _OF_SETTINGS:
             if key in settings:
                 raise SettingsError(
                     [f"{key}: goes with rules of the settings alone: this one is for where it stands"]
@@ -63,7 +68,7 @@ class Guard:
         written = {"name": name or "function", **settings}
         if rate is not None:
             written["rate"] = rate
-        self.settings = _checked(written)
+        self.settings = load_limit(written, unnamed=_OF_SETTINGS)
         self.name = name
         self._rules: WeakKeyDictionary[Gatekeeper, dict[tuple[str, str | None], Rule]] = WeakKeyDictionary()
         if by_call:
@@ -109,6 +114,36 @@ class Guard:
         if status:
             ticket.refused = status
         return status
+
+
+def of_route(
+    settings: Mapping[str, Any], parameters: Callable[[Any], Mapping[str, Any] | None]
+) -> Mapping[str, Any]:
+    """The settings of a guard on a framework's route, whose key or tier may be `param:NAME`, a part of the path.
+
+    A guard has no pattern of its own: `parameters` tells what the framework has found in the path of a request, of
+    which it is given the ticket.
+    """
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, str) or not _PARAMETER.fullmatch(value):
+            return value
+        name = value.partition(":")[2]
+
+        def read(ticket: Any) -> str | None:
+            found = (parameters(ticket) or {}).get(name)
+            return None if found is None else str(found)
+
+        return Native(read)
+
+    found = dict(settings)
+    for key in ("key", "tier"):
+        value = settings.get(key)
+        if isinstance(value, list | tuple):
+            found[key] = [part(one) for one in value]
+        elif value is not None:
+            found[key] = part(value)
+    return found
 
 
 def limited(ticket: Ticket, rule: Rule) -> Limited:
@@ -220,16 +255,6 @@ def limit(
 def _names_user(settings: LimitSettings) -> bool:
     parts = (*settings.key, settings.tier, *settings.exempt)
     return any(isinstance(part, str) and (part == "user" or part.startswith(("claim:", "user:"))) for part in parts)
-
-
-def _checked(written: Mapping[str, Any]) -> LimitSettings:
-    """The settings of a decorator, checked as those from a file would be."""
-    try:
-        (limit,) = load_settings({"limits": [written]}).limits
-    except SettingsError as error:
-        problems = [problem.removeprefix("limits[0].") for problem in error.problems]
-        raise SettingsError(problems) from error.__cause__
-    return limit
 
 
 def _is_async(function: object) -> bool:

@@ -215,6 +215,22 @@ def test_the_language_of_a_route_makes_no_quota_of_its_own() -> None:
         ]
 
 
+def test_a_limit_may_count_by_a_parameter_of_the_path() -> None:
+    limited = limit("2/minute", key=["ip", "param:pk"])
+    with site(
+        path("<shop>/<int:pk>", limited(lambda request, shop, pk: hello(request))),
+        path("a/<shop>/<int:pk>", limited(parameters)),
+    ):
+        for before in ("", "/a"):
+            urls = (f"{before}/x/1", f"{before}/y/1", f"{before}/z/1", f"{before}/x/2")
+            assert [statuses(url, 1)[0] for url in urls] == [200, 200, 429, 200]
+            assert statuses(urls[0], 1, B) == [200]
+
+
+async def parameters(request: HttpRequest, shop: str, pk: int) -> HttpResponse:
+    return HttpResponse("async")
+
+
 def test_a_limit_for_some_methods_leaves_the_others_free() -> None:
     with site(
         path("login", limit("1/minute", methods="POST")(hello)),
@@ -374,6 +390,8 @@ def test_wrong_settings_of_a_limit_are_told_when_it_is_made() -> None:
         limit("10/minute", match="/x")
     with pytest.raises(SettingsError, match="methods: expected a method"):
         limit("10/minute", methods="GET POST")
+    with pytest.raises(SettingsError, match=r"methods: expected a method; did you mean POST\?"):
+        limit("10/minute", methods=["GET", "POTS"])
 
 
 def test_a_view_keeps_its_name_and_what_other_decorators_have_said_of_it() -> None:

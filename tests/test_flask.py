@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -720,12 +721,41 @@ def test_a_host_or_subdomain_is_of_the_route() -> None:
         assert answers == [200, 200, 429]
 
 
-def test_only_some_methods_can_be_limited() -> None:
+def test_a_limit_may_count_by_a_parameter_of_the_path() -> None:
     app = bare()
-    app.add_url_rule("/x", "x", limited_item(Gatekeeper(app), methods=["post"]), methods=["GET", "POST"])
+    gk = Gatekeeper(app)
+
+    @app.route("/<shop>/<int:number>")
+    @gk.limit("2/minute", key=["ip", "param:number"])
+    def goods(shop: str, number: int) -> str:
+        return shop
+
+    client = app.test_client()
+    assert [statuses(client, path, 1)[0] for path in ("/a/1", "/b/1", "/c/1", "/a/2")] == [200, 200, 429, 200]
+    assert statuses(client, "/a/1", 1, B) == [200]
+
+
+@pytest.mark.parametrize("methods", [["post"], "POST"])
+def test_only_some_methods_can_be_limited(methods: str | list[str]) -> None:
+    app = bare()
+    app.add_url_rule("/x", "x", limited_item(Gatekeeper(app), methods=methods), methods=["GET", "POST"])
     client = app.test_client()
     assert statuses(client, "/x", 3, method="POST") == [200, 200, 429]
     assert statuses(client, "/x", 5) == [200] * 5
+
+
+@pytest.mark.parametrize(
+    ("methods", "told"),
+    [
+        (["POTS"], "did you mean POST?"),
+        ("GET POST", 'such as "POST"'),
+        ([], 'such as "POST"'),
+        ([1], 'such as "POST"'),
+    ],
+)
+def test_methods_that_are_none_are_told_when_the_limit_is_made(methods: Any, told: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        Gatekeeper(bare()).limit("1/minute", methods=methods)
 
 
 def test_limits_stand_one_above_the_other() -> None:
@@ -1420,3 +1450,39 @@ def test_a_body_that_the_server_forgets_holds_nothing(is_read: bool) -> None:
             assert next(iter(body)) == b"a"
         del body
         gc.collect()
+
+
+# What is wrong with what the extension is told
+
+
+@pytest.mark.parametrize("workers", ["four", "4", 0, -1, True, 1.5])
+def test_a_number_of_workers_that_is_none_is_told_when_the_application_is_made(workers: object) -> None:
+    app = bare()
+    app.config["GATEKEEPER_WORKERS"] = workers
+    with pytest.raises(SettingsError, match=r"^GATEKEEPER_WORKERS: expected a whole number from 1 upwards$"):
+        Gatekeeper(app, DEFAULT)
+    assert "gatekeeper" not in app.extensions
+
+
+def test_a_number_of_workers_that_is_none_is_told_beside_one_that_was_given() -> None:
+    app = bare()
+    app.config["GATEKEEPER_WORKERS"] = "four"
+    with pytest.raises(SettingsError, match="GATEKEEPER_WORKERS"):
+        Gatekeeper(app, DEFAULT, workers=4)
+
+
+@pytest.mark.parametrize("workers", [1, 4, None])
+def test_a_number_of_workers_may_be_told_by_the_config(workers: int | None) -> None:
+    app = bare()
+    app.config["GATEKEEPER_WORKERS"] = workers
+    Gatekeeper(app, DEFAULT)
+    assert first_rate(app) == '"default";q=2;w=60'
+
+
+def test_a_function_of_two_parameters_is_told_when_it_is_given() -> None:
+    """One of none is called as Flask's users write them; one that is named is called with the ticket."""
+    for function in (lambda ticket, more: "x", "os:getcwd"):
+        with pytest.raises(SettingsError, match=r"^key: expected a function of the request, that is of one"):
+            Gatekeeper().limit("5/minute", key=function)
+        with pytest.raises(SettingsError, match=r"^identity\.user: expected a function of the request"):
+            Gatekeeper(bare(), {"identity": {"user": function}})

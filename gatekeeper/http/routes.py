@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Final, Generic, TypeVar
 
-from gatekeeper.errors import GatekeeperError
+from gatekeeper.errors import GatekeeperError, SettingsError
 from gatekeeper.http.message import Request
 
 EXPECTED: Final = (
@@ -129,6 +129,22 @@ class Pattern:
 
     def __repr__(self) -> str:
         return f"Pattern({self.text!r})"
+
+
+def methods_of(methods: str | Iterable[str] | None) -> frozenset[str] | None:
+    """What a decorator is told of methods: one or several, in any case; GET covers HEAD. None is for all.
+
+    Raises SettingsError for what is no method, or looks like one that is misspelt.
+    """
+    if methods is None:
+        return None
+    named = [methods] if isinstance(methods, str) else list(methods)
+    if not named or not all(isinstance(one, str) and _TOKEN.fullmatch(one) for one in named):
+        raise SettingsError(['methods: expected a method such as "POST", or several'])
+    try:
+        return _methods("|".join(named))
+    except PatternError as error:
+        raise SettingsError([f"methods: {error}"]) from None
 
 
 def _methods(text: str) -> frozenset[str]:

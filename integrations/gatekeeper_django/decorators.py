@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction
@@ -13,9 +13,9 @@ from django.http import HttpRequest
 from django.urls import URLPattern, URLResolver
 
 from gatekeeper.commands import Hits, Replies, Steps, Verdict, arun, run
-from gatekeeper.decorators import Guard
-from gatekeeper.errors import SettingsError
+from gatekeeper.decorators import Guard, of_route
 from gatekeeper.gate import is_preflight
+from gatekeeper.http.routes import methods_of
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.ratelimit.algorithms import NS
 from gatekeeper.ratelimit.rules import Rule
@@ -52,8 +52,8 @@ class Limit:
         methods: str | Iterable[str] | None = None,
         **settings: Any,
     ) -> None:
-        self.guard = Guard(rate, name, settings)
-        self.methods = _methods(methods)
+        self.guard = Guard(rate, name, of_route(settings, _parameters))
+        self.methods = methods_of(methods)
         self._rules: tuple[Gatekeeper | None, dict[tuple[str, str | None], Rule]] = (None, {})
 
     def __call__(self, view: V) -> V:
@@ -293,13 +293,8 @@ def limits_of(view: Any) -> list[Placed]:
 _TRIAL: Final = "_update_method_wrapper.<locals>"
 
 
-def _methods(methods: str | Iterable[str] | None) -> frozenset[str] | None:
-    if methods is None:
-        return None
-    found = frozenset(one.upper() for one in ([methods] if isinstance(methods, str) else methods))
-    if not found or not all(one.isascii() and one.isalpha() for one in found):
-        raise SettingsError(['methods: expected a method such as "POST", or several'])
-    return found | {"HEAD"} if "GET" in found else found
+def _parameters(ticket: DjangoTicket) -> Mapping[str, Any] | None:
+    return getattr(getattr(ticket.native, "resolver_match", None), "kwargs", None)
 
 
 def charge(guard: Guard, ticket: DjangoTicket, rule: Rule) -> Steps[int]:

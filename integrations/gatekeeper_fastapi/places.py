@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Final, NamedTuple
 
 from starlette.applications import Starlette
-from starlette.routing import BaseRoute, Host, Mount, compile_path
+from starlette.routing import BaseRoute, Host, Mount, Router, compile_path
 
 from gatekeeper.asgi import GatekeeperMiddleware
-from gatekeeper.ratelimit.rules import Native
+from gatekeeper.decorators import of_route
 
 _DEEPEST: Final = 32  # an application may be mounted in itself
 _MOST: Final = 1024
@@ -115,6 +115,13 @@ def _leaf(route: Any, host: str, path: str, around: tuple[Any, ...]) -> Leaf:
         getattr(route, "dependant", None),
         around,
     )
+
+
+def is_application(app: Any) -> bool:
+    """Whether it has routes, or is middleware around what has some."""
+    while app is not None and not isinstance(app, Router | Starlette):
+        app = getattr(app, "app", None)
+    return app is not None
 
 
 def policies_of(app: Starlette) -> Iterator[Any]:
@@ -221,28 +228,5 @@ def label_of(endpoint: Any) -> str:
 
 
 def with_parameters(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of a guard, whose key may name a parameter of the route's path: `param:NAME`.
-
-    A guard has no pattern; Starlette has found out what its parameters are.
-    """
-    keys = settings.get("key")
-    if keys is None:
-        return settings
-    parts = [keys] if isinstance(keys, str) or callable(keys) else keys
-    if not isinstance(parts, list | tuple):
-        return settings
-    return {**settings, "key": [_parameter(part) if _is_parameter(part) else part for part in parts]}
-
-
-def _is_parameter(part: object) -> bool:
-    return isinstance(part, str) and re.fullmatch(r"param:[A-Za-z_]\w*", part) is not None
-
-
-def _parameter(part: str) -> Native:
-    name = part.partition(":")[2]
-
-    def parameter(request: Any) -> str | None:
-        value = request.native.get("path_params", {}).get(name)
-        return None if value is None else str(value)
-
-    return Native(parameter)
+    """The settings of a guard, whose key may name a parameter of the path, as Starlette has found it out."""
+    return of_route(settings, lambda ticket: ticket.native.get("path_params"))

@@ -13,8 +13,9 @@ from flask import Blueprint, Flask, current_app, request
 
 from gatekeeper import Gatekeeper as Keeper
 from gatekeeper.commands import Store, run
-from gatekeeper.decorators import Guard, limited
+from gatekeeper.decorators import Guard, limited, of_route
 from gatekeeper.errors import SettingsError
+from gatekeeper.http.routes import methods_of
 from gatekeeper.settings import load_settings
 from gatekeeper.ticket import Ticket
 from gatekeeper_flask.commands import group
@@ -165,7 +166,7 @@ class Gatekeeper:
         rate: str | Sequence[str] | None = None,
         *,
         name: str | None = None,
-        methods: Iterable[str] | None = None,
+        methods: str | Iterable[str] | None = None,
         **settings: Any,
     ) -> Callable[[T], T]:
         """Limit a view, or each view of a blueprint and of those nested in it: `@gk.limit("5/minute")`.
@@ -177,7 +178,7 @@ class Gatekeeper:
 
         - `rate`: "5/minute", or several
         - `name`: told to clients, and keeps counters apart: with a name all places have one quota
-        - `methods`: requests with another method are not limited (default: all are)
+        - `methods`: requests of other methods than these, such as "POST", are not limited; GET covers HEAD
         - `settings`: those of a rule in a file (`key`, `cost`, `scope`, `exempt`, `give_back`, …), but those that
           say for which requests it is. Functions take the request's Ticket, or nothing.
 
@@ -185,7 +186,7 @@ class Gatekeeper:
         for settings that cannot be, and TypeError for what cannot be limited.
         """
         guard, alone = self._guards(rate, name, settings)
-        only = None if methods is None else frozenset(method.upper() for method in methods)
+        only = methods_of(methods)
 
         def decorate(target: T) -> T:
             if isinstance(target, Blueprint):
@@ -220,7 +221,7 @@ class Gatekeeper:
         """
         methods = settings.pop("methods", None)
         guard, _ = self._guards(rate, settings.pop("name", None), settings)
-        only = None if methods is None else frozenset(method.upper() for method in methods)
+        only = methods_of(methods)
         label = f"<default>.default{f'-{len(self._defaults) + 1}' if self._defaults else ''}"
         place = Place(guard, None, label, only, everywhere=True)
         for home in self._homes:
@@ -273,13 +274,14 @@ class Gatekeeper:
     def _guards(
         self, rate: str | Sequence[str] | None, name: str | None, settings: dict[str, Any]
     ) -> tuple[Guard, Guard]:
-        guard = Guard(rate, name, called(settings))
+        written = of_route(called(settings), lambda ticket: request.view_args)
+        guard = Guard(rate, name, written)
         if any(isinstance(part, str) and part.startswith(("form:", "json:")) for part in guard.settings.key):
             raise SettingsError(
                 ["key: fields of the body go with rules of the settings alone; a function can read request.form"]
             )
         # Outside of a request there is no client: the function itself is whom the quota belongs to.
-        return guard, Guard(rate, name, {**called(settings), "key": "ip"})
+        return guard, Guard(rate, name, {**written, "key": "ip"})
 
     def _limit_blueprint(self, blueprint: Blueprint, guard: Guard, methods: frozenset[str] | None) -> None:
         places = self._blueprints.setdefault(blueprint, [])
