@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatekeeper.commands import Batch, Hit, Store, Verdict
-from gatekeeper.ratelimit.algorithms import ALGORITHMS, NS, Algorithm, Concurrency, Penalty
+from gatekeeper.ratelimit.algorithms import ALGORITHMS, NS, Algorithm, Concurrency, Gcra, Penalty
 from gatekeeper.ratelimit.rates import Rate
 from gatekeeper.ratelimit.rules import RateLimit, Rule
 from gatekeeper.stores.memory import MemoryStore
@@ -385,6 +385,24 @@ class TestMemory:
         store.ask(Batch(gives=[(one, "new", 3, overflowed)]))
         assert not ask(store, (one, "new", 1))[0].allowed, "what was given back was the shared bucket's"
         assert ask(store, (one, "newer", 3))[0].allowed, "which has room again"
+
+    @pytest.mark.parametrize("short", [False, True])
+    def test_a_key_is_held_as_long_as_it_counts_for_a_limit_that_was_raised(
+        self, clock: VirtualClock, short: bool
+    ) -> None:
+        store = MemoryStore(clock=clock)
+        low, high = (bound(Gcra(60, 60, burst)) for burst in (1, 1000))
+        hit = store.hitter(high) if short else lambda key: ask(store, (high, key, 1))[0]
+        ask(store, (low, "key", 1))
+        assert sum(hit("key").allowed for _ in range(1100)) == 999
+        for second in range(6):
+            clock.advance(1)
+            for other in (f"other{number}-{second}" for number in range(200)):
+                if (
+                    hash(other) - hash("key")
+                ) % 64:  # in the key's own shard they would say how long that limit lives
+                    hit(other)
+        assert sum(hit("key").allowed for _ in range(1100)) == 6
 
     @each_algorithm
     def test_the_short_way_of_a_hit_answers_as_the_long_one(self, clock: VirtualClock, algorithm: str) -> None:

@@ -82,6 +82,9 @@ class MemoryStore:
                 fresh = shard.fresh
                 state = fresh.get(key)
                 if state is not None:
+                    # A limit that was changed in operation may live longer than the one the shard was made for.
+                    if limit.lifetime_ns > shard.lifetime_ns:
+                        shard.lifetime_ns = limit.lifetime_ns
                     after, verdict = limit.step(state, now, cost)
                     if verdict.allowed and spend:
                         fresh[key] = after
@@ -114,6 +117,8 @@ class MemoryStore:
         acquire()
         try:
             shards = self._tables.get(limit.space) or self._open(limit, clock())
+            for shard in shards:
+                shard.lifetime_ns = max(shard.lifetime_ns, limit.lifetime_ns)
         finally:
             release()
 
@@ -191,7 +196,6 @@ class MemoryStore:
 
     def _find(self, shard: _Shard, limit: Limit, key: str, now: int) -> tuple[_Shard, str, State]:
         """Where a key is, or a new one would be: in its shard, or beyond the bound in the shared bucket."""
-        # A limit that was changed in operation may live longer than the one the shard was made for.
         shard.lifetime_ns = max(shard.lifetime_ns, limit.lifetime_ns)
         # A state that has expired counts for nothing, so it does not matter whether it is still held.
         state = shard.fresh.get(key) or shard.stale.get(key)
