@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,6 +28,9 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_OF_REFUSALS = frozenset([b"retry-after", b"cache-control"])
+# What Starlette, and uvicorn, raise where the client has left before all was sent: no fault of the application's.
+_OF_CLIENTS = frozenset(["ClientDisconnect", "ClientDisconnected"])
 _OTHER_HEADS = frozenset(["websocket.accept", "websocket.http.response.start"])
 
 
@@ -99,12 +103,14 @@ class GatekeeperMiddleware:
                 raise
             ticket.refused = 503
             await ticket.replace(gate.refusal(ticket))
-        except Exception:
-            ticket.sent = 500
+        except Exception as error:
+            if type(error).__name__ not in _OF_CLIENTS:
+                ticket.sent = 500
             raise
         finally:
             if token is not None:
-                CURRENT.reset(token)
+                with suppress(ValueError):  # closed with its loop, and so not in its own context
+                    CURRENT.reset(token)
             if ticket.session is not None and ticket.sent == 101 and gate.sessions is not None:
                 await arun(gate.sessions.keep(ticket.session), anobody)
             if ticket.is_open:
@@ -153,9 +159,14 @@ class _Ticket(ScopeRequest, Ticket):
                 self.sent, self.ended = 101, True
             else:
                 self.sent = message["status"]
-                if self.sent >= 500 and self.limited is not None and (limited := self.limited()) is not None:
-                    # The application took a decorator's refusal for a fault of its own; we know better.
-                    return self.replace(self.gate.refusal(self, limited.verdict))
+                if self.limited is not None and (limited := self.limited()) is not None:
+                    if self.sent >= 500:
+                        # The application took a decorator's refusal for a fault of its own; we know better.
+                        return self.replace(self.gate.refusal(self, limited.verdict))
+                    if self.sent == 429:
+                        message = _with_missing(
+                            message, self.gate.refusal(self, limited.verdict)
+                        )  # in its own words
             if self.gate.reports:
                 message = self._heed(message)
             fields = self.gate.respond(self)
@@ -266,6 +277,13 @@ class _Messages:
 def _with(message: Message, fields: Fields) -> Message:
     """The head of a response with more fields. A copy: the application may send the same message again."""
     return {**message, "headers": [*message["headers"], *fields] if "headers" in message else fields}
+
+
+def _with_missing(message: Message, refusal: Refusal) -> Message:
+    """The head of an answer to a refused request, with the fields that each refusal has."""
+    there = {name.lower() for name, _ in message.get("headers", ())}
+    missing = [field for field in refusal.fields if field[0] in _OF_REFUSALS and field[0] not in there]
+    return _with(message, missing)
 
 
 async def _load(sessions: Sessions, session: Session) -> None:

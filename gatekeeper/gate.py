@@ -256,7 +256,8 @@ class Gate:
         if not hits:
             ticket.rules = (*ticket.rules, *rules)
             return 0
-        verdicts: Replies = yield hits
+        gives = _again(ticket, hits)
+        verdicts: Replies = yield Batch(hits, gives=gives) if gives else hits
         return (yield from self._settle(ticket, rules, hits, verdicts))
 
     def look(self, ticket: Ticket) -> Batch | None:
@@ -274,6 +275,9 @@ class Gate:
         """
         if ticket.spared or self.off:
             return False
+        for hit in ticket.hits:
+            if hit[0].space in rule.spaces:
+                return False
         hits: Any
         verdicts: Any
         spend = rule.hit
@@ -780,6 +784,22 @@ def _add_shared(hits: list[Hit], ticket: Ticket, limit: RateLimit, key: str, cos
             return
     if not charged or cost > charged:
         hits.append(hit)
+
+
+def _again(ticket: Ticket, hits: list[Hit]) -> list[Give]:
+    """What a request has been charged to the very quotas of these hits, by other rules of that name.
+
+    It is to be given back as they are charged, each with the greater cost: a request spends a quota once.
+    """
+    gives: list[Give] = []
+    for place, (limit, key, cost) in enumerate(hits):
+        for (other, held, spent), verdict in zip(ticket.hits, ticket.verdicts, strict=True):
+            is_one = other.space == limit.space and held == key and other.rule is not limit.rule  # type: ignore[attr-defined]
+            if is_one and verdict.receipt is not None and not limit.rule.is_shared and other.standin is not None:  # type: ignore[attr-defined]
+                gives.append((other, held, spent, verdict.receipt))
+                verdict.receipt = None
+                hits[place] = limit, key, max(cost, spent)
+    return gives
 
 
 def handled(handler: Callable[[Any, Any], Any], ticket: Ticket, refusal: Refusal) -> Refusal:

@@ -221,6 +221,28 @@ def test_what_the_middleware_charges_is_not_charged_again() -> None:
     assert ask(app, "/b", "/b", "/b", "/b", client=B) == [404, 404, 404, 429]
 
 
+@pytest.mark.parametrize("rates", [("3/minute", "3/minute"), ("9/minute", "3/minute"), ("3/minute", "9/minute")])
+@pytest.mark.parametrize("between", [False, True])
+def test_a_request_spends_the_quota_of_a_name_once_whoever_asks_for_it(
+    make: Make, rates: tuple[str, str], between: bool
+) -> None:
+    async def nothing() -> None:
+        pass
+
+    first, second = (Depends(RateLimit(rate, name="x")) for rate in rates)
+    app = make(dependencies=[first, *([Depends(nothing)] if between else []), second])
+    app.add_api_route("/a", lambda: "a")
+    assert ask(app, *["/a"] * 4) == [200, 200, 200, 429]
+    assert ask(app, "/a", client=B) == [200]
+    keeper = Gatekeeper({"limits": [{"name": "x", "rate": rates[0]}]})
+    app = FastAPI(dependencies=[Depends(RateLimit(rates[1], name="x", keeper=keeper))])
+    app.add_api_route("/a", lambda: "a")
+    app.add_middleware(GatekeeperMiddleware, settings=keeper)
+    policies = {f'"x";q={rate[0]};w=60' for rate in rates}
+    assert set(TestClient(app, client=A).get("/a").headers["ratelimit-policy"].split(", ")) == policies
+    assert ask(app, *["/a"] * 3) == [200, 200, 429]
+
+
 def test_networks_that_are_never_limited_are_not_by_a_dependency_either(make: Make) -> None:
     app = make({"access": {"allow": B[0]}})
 
@@ -353,10 +375,10 @@ def test_fields_can_be_switched_off_and_the_older_ones_on(make: Make) -> None:
 # The refusal
 
 
-def refused(app: FastAPI, **headers: str) -> Any:
+def refused(app: FastAPI, path: str = "/a", **headers: str) -> Any:
     client = TestClient(app, client=A, headers=headers)
-    client.get("/a")
-    response = client.get("/a")
+    client.get(path)
+    response = client.get(path)
     assert response.headers["retry-after"] == "61"
     assert response.headers.get_list("ratelimit") == ['"own";r=0;t=61']
     assert response.headers.get_list("ratelimit-policy") == ['"own";q=1;w=60']
@@ -387,6 +409,26 @@ def test_handlers_of_ones_own_answer_a_refusal(tight: FastAPI, kind: Any) -> Non
         return JSONResponse({"wait": error.verdict.retry_after}, 429, headers=dict(error.headers or {}))
 
     assert refused(tight).json() == {"wait": pytest.approx(61, abs=1)}
+
+
+@pytest.mark.parametrize("kind", [429, RateLimited, Limited])
+def test_the_middleware_adds_the_fields_that_a_handler_has_left_out(kind: Any) -> None:
+    app = FastAPI()
+    app.add_api_route("/a", lambda: "a", dependencies=[Depends(RateLimit("1/minute", name="own"))])
+    app.add_api_route("/own", lambda: JSONResponse("own", 429))
+    app.add_middleware(GatekeeperMiddleware, settings={"response": {"x_ratelimit": "seconds"}})
+
+    @app.exception_handler(kind)
+    async def handler(request: Request, error: Any) -> JSONResponse:
+        return JSONResponse(
+            "mine", 429, headers=None if "plain" in str(request.url) else {"Cache-Control": "private"}
+        )
+
+    response = refused(app, path="/a?plain")
+    assert response.json() == "mine"
+    assert response.headers.get_list("x-ratelimit-limit") == ["1"]
+    assert TestClient(app, client=A).get("/a").headers.get_list("cache-control") == ["private"]
+    assert "retry-after" not in TestClient(app, client=A).get("/own").headers, "that is none of ours"
 
 
 @pytest.mark.parametrize("kind", [RateLimited, Limited])

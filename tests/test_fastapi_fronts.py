@@ -3,19 +3,30 @@
 # No `from __future__ import annotations`: FastAPI reads those of endpoints, which name things of their function.
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+import gc
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from gatekeeper import Gatekeeper, Ticket
 from gatekeeper.asgi import GatekeeperMiddleware, Message
+from gatekeeper.commands import Hits, Replies
+from gatekeeper.stores.memory import MemoryStore
 from gatekeeper.testing import VirtualClock, virtual
 from gatekeeper_fastapi import RateLimit, check, document
+from gatekeeper_fastapi.tickets import OwnTicket
 from tests.fastapi_home import A, B, ask
 
 Make = Callable[..., FastAPI]
@@ -307,3 +318,237 @@ def test_whatever_an_endpoint_raises_ends_the_request(make: Make, raises: type[B
             assert isinstance(answer, raises) if fails[0] else answer == 200
 
     asyncio.run(main())
+
+
+# What wraps, copies and breaks off
+
+
+@pytest.mark.parametrize("limited", [True, False], ids=["from a limited endpoint", "from a free one"])
+def test_requests_that_an_endpoint_makes_with_its_scope_for_another_path_are_each_charged_and_told(
+    make: Make, limited: bool
+) -> None:
+    app = make()
+
+    @app.post("/b", dependencies=[Depends(RateLimit("2/minute", name="b"))])
+    async def b() -> str:
+        return "b"
+
+    @app.post("/batch", dependencies=[Depends(RateLimit("99/minute", name="batch"))] if limited else [])
+    async def batch(request: Request) -> list[str]:
+        heads: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                heads.append(message)
+
+        for _ in range(4):
+            await app({**request.scope, "path": "/b"}, request.receive, keep)
+        return [f"{head['status']} {dict(head['headers'])[b'ratelimit'].decode()}" for head in heads]
+
+    client = TestClient(app, client=A)
+    for passed in (2, 0, 0):
+        answer = client.post("/batch")
+        told = [f'200 "b";r={1 - place};t=61' for place in range(passed)]
+        assert answer.json() == told + ['429 "b";r=0;t=61'] * (4 - passed)
+        assert ("ratelimit" in answer.headers) is limited
+    assert ask(app, "/b", client=B, method="POST") == [200]
+
+
+def test_what_stands_around_a_routes_application_stays_around_its_limits(make: Make) -> None:
+    class Guarded(APIRoute):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            inner = self.app
+
+            async def guard(scope: Any, receive: Any, send: Any) -> None:
+                if b"x-key" not in dict(scope["headers"]):
+                    await PlainTextResponse("who are you?", 401)(scope, receive, send)
+                else:
+                    await inner(scope, receive, send)
+
+            self.app = guard
+
+    app = make()
+    app.router.route_class = Guarded
+    app.add_api_route("/a", lambda: "a", dependencies=[Depends(RateLimit("2/minute", key="global"))])
+    key = {"x-key": "1"}
+    assert ask(app, "/a", headers=key) == [200]
+    assert ask(app, *["/a"] * 3, client=B) == [401] * 3
+    assert ask(app, "/a", "/a", headers=key) == [200, 429]
+
+
+def test_refusals_in_a_mounted_router_pass_its_middleware_as_responses(make: Make) -> None:
+    router, app = APIRouter(), make()
+    router.add_api_route("/a", lambda: "a", dependencies=[Depends(RateLimit("1/minute"))])
+    cors = Middleware(CORSMiddleware, allow_origins=["*"])
+    app.router.routes.append(Mount("/s", app=router, middleware=[cors]))
+    client = TestClient(app, client=A, headers={"origin": "https://shop.example"})
+    answers = [client.get("/s/a") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 429, 429]
+    assert {answer.headers["access-control-allow-origin"] for answer in answers} == {"*"}
+
+
+def test_a_handler_of_ones_own_need_not_pass_the_fields_of_a_refusal_on(make: Make) -> None:
+    app = make(dependencies=[Depends(RateLimit("1/minute", name="own"))])
+    app.add_api_route("/a", lambda: "a")
+    app.add_exception_handler(429, lambda request, error: PlainTextResponse("mine", 429))
+    client = TestClient(app, client=A)
+    refused = [client.get("/a") for _ in range(3)][-1]
+    assert (refused.text, refused.headers["ratelimit"]) == ("mine", '"own";r=0;t=61')
+
+
+def test_responses_of_first_requests_at_once_are_all_told_and_settled(make: Make) -> None:
+    app, waiting = make(), list[None]()
+
+    async def together() -> None:
+        waiting.append(None)
+        while len(waiting) % 3:
+            await asyncio.sleep(0)
+
+    limit = RateLimit("9/minute", name="a", give_back=["404"])
+
+    @app.post("/a", dependencies=[Depends(limit), Depends(together)])
+    async def a() -> Response:
+        return PlainTextResponse("not here", 404)
+
+    async def main() -> None:
+        for _ in range(3):
+            assert await asyncio.gather(*(posted(app, "/a", b"") for _ in range(3))) == [404] * 3
+
+    asyncio.run(main())
+    waiting += [None, None]
+    assert TestClient(app, client=A).post("/a").headers["ratelimit"] == '"a";r=8;t=61', "all were given back"
+
+
+def test_every_limit_in_front_is_ended_though_the_request_is_cancelled_while_one_is_asked() -> None:
+    keepers, stores = [Gatekeeper({}) for _ in range(3)], [Slow() for _ in range(3)]
+    for keeper, store in zip(keepers, stores, strict=True):
+        keeper.use(store)
+    limits = [RateLimit(concurrency=1, name=f"k{place}", keeper=keeper) for place, keeper in enumerate(keepers)]
+    app = FastAPI(dependencies=[Depends(limit) for limit in limits])
+    app.add_api_route("/a", lambda: "a", methods=["POST"])
+
+    async def main() -> None:
+        assert await posted(app, "/a", b"") == 200
+        with anyio.CancelScope() as cancelling:
+            stores[2].reached = cancelling.cancel
+            await posted(app, "/a", b"")
+        assert cancelling.cancelled_caught
+        stores[2].reached = None
+        assert await posted(app, "/a", b"") == 200
+
+    asyncio.run(main())
+
+
+class Slow(MemoryStore):
+    """A store that has to be awaited, and takes its time when it tells that a hit has reached it."""
+
+    local = False
+    reached: Callable[[], None] | None = None
+
+    async def aask(self, batch: Hits) -> Replies:
+        if self.reached is not None and batch:
+            self.reached()
+        await asyncio.sleep(0)
+        return self.ask(batch)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "left"), [("disconnect", [998, 997]), ("2xx", [999, 999]), ("404", [998, 997])]
+)
+def test_a_file_that_the_server_sends_by_itself_is_a_whole_answer(
+    make: Make, tmp_path: Path, outcome: str, left: list[int]
+) -> None:
+    (tmp_path / "file").write_text("file")
+    app = make(dependencies=[Depends(RateLimit("1000/minute", give_back=[outcome]))])
+    app.add_api_route("/a", lambda: FileResponse(tmp_path / "file"), methods=["POST"])
+    fields: list[str] = []
+
+    async def main() -> None:
+        for _ in range(4):
+            sent: list[str] = []
+            scope = {
+                "type": "http", "asgi": {"version": "3.0"}, "method": "POST", "path": "/a", "query_string": b"",
+                "headers": [], "client": A, "server": ("h", 80), "scheme": "http",
+                "extensions": {"http.response.pathsend": {}},
+            }  # fmt: skip
+
+            async def send(message: Message, sent: list[str] = sent) -> None:
+                sent.append(message["type"])
+                if message["type"] == "http.response.start":
+                    fields.append(dict(message["headers"])[b"ratelimit"].decode())
+
+            await app(scope, no_body, send)
+            assert sent == ["http.response.start", "http.response.pathsend"]
+
+    asyncio.run(main())
+    assert [int(re.findall(r"r=(\d+)", field)[0]) for field in fields[1:3]] == left
+
+
+async def no_body() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+@pytest.mark.parametrize(("outcome", "left"), [("disconnect", 9), ("5xx", 6)])
+def test_a_client_that_leaves_while_it_is_answered_is_no_failure(make: Make, outcome: str, left: int) -> None:
+    app = make(dependencies=[Depends(RateLimit("10/minute", name="a", give_back=[outcome]))])
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"a"
+        yield b"b"
+
+    app.add_api_route("/a", lambda: StreamingResponse(pieces()), methods=["POST"])
+
+    async def main() -> None:
+        for _ in range(3):
+            scope = {
+                "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "method": "POST", "path": "/a",
+                "query_string": b"", "headers": [], "client": A, "server": ("h", 80), "scheme": "http",
+            }  # fmt: skip
+
+            async def send(message: Message) -> None:
+                if message["type"] == "http.response.body":
+                    raise OSError
+
+            with pytest.raises(ClientDisconnect):
+                await app(scope, no_body, send)
+
+    asyncio.run(main())
+    response = TestClient(app, client=A).post("/a")
+    assert response.headers["ratelimit"] == f'"a";r={left};t=61'
+
+
+def test_a_limit_that_is_taken_away_from_the_route_limits_no_more(make: Make) -> None:
+    app = make()
+    app.add_api_route("/a", lambda: "a", dependencies=[Depends(RateLimit("1/minute"))])
+    assert ask(app, "/a", "/a") == [200, 429]
+    (route,) = (route for route in app.routes if isinstance(route, APIRoute))
+    route.dependant.dependencies.clear()
+    assert ask(app, "/a") == [200]
+
+
+def test_requests_leave_nothing_for_the_garbage_collector() -> None:
+    keepers = [Gatekeeper({}) for _ in range(2)]
+    limits = [
+        RateLimit(rate, keeper=keeper) for rate, keeper in zip(("99/minute", "9/minute"), keepers, strict=True)
+    ]
+    app = FastAPI(dependencies=[Depends(limit) for limit in limits])
+
+    async def a() -> Response:
+        return PlainTextResponse("a")
+
+    app.add_api_route("/a", a, methods=["POST"])
+
+    async def main() -> int:
+        for _ in range(20):
+            await posted(app, "/a", b"")
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                assert await posted(app, "/a", b"") == 429
+            return sum(isinstance(one, OwnTicket) and one.keeper in keepers for one in gc.get_objects())
+        finally:
+            gc.enable()
+
+    assert asyncio.run(main()) <= len(limits), "those of the last request, which its context holds"

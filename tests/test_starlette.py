@@ -390,7 +390,7 @@ def test_what_cannot_be_limited_is_refused_when_it_is_decorated() -> None:
         yield b""
 
     wrong: Any
-    for wrong in (stream, staticmethod(page), classmethod(page), 7, dict):  # type: ignore[arg-type]
+    for wrong in (stream, staticmethod(page), classmethod(page), 7, dict, APIRouter()):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"^limit: expected"):
             limit("1/minute")(wrong)
 
@@ -510,6 +510,9 @@ def test_the_command_prints_the_report(tmp_path: Path) -> None:
         "app.get('/a', dependencies=[Depends(RateLimit('5/minute'))])(lambda: 'a')\n"
         "bare = FastAPI(openapi_url=None)\n"
         "bare.get('/a', name='a')(lambda: 'a')\n"
+        "number = 7\n"
+        "def make():\n"
+        "    return app\n"
     )
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -523,6 +526,11 @@ def test_the_command_prints_the_report(tmp_path: Path) -> None:
     assert run("shop:bare", "--strict") == (1, warned, "")
     assert run("shop:app", "--strict", "--workers", "2")[0] == 1
     assert run("shop:none")[0] == run("nowhere:app")[0] == run()[0] == 2
+    expected = "expected an application of FastAPI's or Starlette's, not"
+    assert run("shop:make", "--strict") == (
+        2, "", f"shop:make: {expected} function; if it makes one, name what it has made\n",
+    )  # fmt: skip
+    assert run("shop:number") == (2, "", f"shop:number: {expected} int\n")
 
 
 def test_starlette_is_enough(tmp_path: Path) -> None:

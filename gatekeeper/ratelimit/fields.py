@@ -52,7 +52,8 @@ DEFAULT_MANNER: Final = Manner()
 
 def policy_field(limits: Iterable[RateLimit]) -> tuple[bytes, bytes]:
     """`RateLimit-Policy` for a response to which these limits applied."""
-    return b"ratelimit-policy", ", ".join(limit.policy for limit in limits).encode("ascii")
+    # Rules of one name, of which one stands in the settings and one at a function, say the same.
+    return b"ratelimit-policy", ", ".join(dict.fromkeys(limit.policy for limit in limits)).encode("ascii")
 
 
 def older_fields(verdict: Verdict, manner: Manner) -> Fields:

@@ -189,7 +189,7 @@ class Rule:
         "__weakref__", "_parts", "_tier", "asks", "body_fields", "by_address", "claims", "cost", "digest", "exempt",
         "functions", "gives_back", "hit", "is_open", "is_plain", "is_shared", "limits", "may_undo", "messages",
         "name", "needs_user", "on_error", "overrides", "pattern", "penalty", "preflights", "resets_on", "route",
-        "settles", "shadow", "tiers",
+        "settles", "shadow", "spaces", "tiers",
     )  # fmt: skip
 
     def __init__(
@@ -257,6 +257,8 @@ class Rule:
         self.tiers = {
             text: self._limits(others, algorithm, burst, space, workers) for text, others in (tiers or {}).items()
         }
+        self.spaces = frozenset(limit.space for limits in (self.limits, *self.tiers.values()) for limit in limits)
+        """Where it counts. A rule of the same name may count there as well."""
         self.penalty: RateLimit | None = None
         if penalty is not None:
             table = f"{space}/penalty.{penalty.version}"

@@ -9,6 +9,7 @@ import sys
 from argparse import ArgumentParser
 
 from gatekeeper.settings import load_object
+from gatekeeper_fastapi.places import is_application
 from gatekeeper_fastapi.report import check
 
 
@@ -25,6 +26,12 @@ def main(arguments: list[str]) -> int:
         app = load_object(told.app)
     except ValueError as error:
         sys.stderr.write(f"{told.app}: {error}\n")
+        return 2
+    if not is_application(app):
+        factory = "; if it makes one, name what it has made" if callable(app) else ""
+        sys.stderr.write(
+            f"{told.app}: expected an application of FastAPI's or Starlette's, not {type(app).__name__}{factory}\n"
+        )
         return 2
     report = check(app, workers=told.workers)
     sys.stdout.write(f"{report}\n")

@@ -74,9 +74,8 @@ class RateLimit:
                 ticket.response = response
                 CURRENT.set(ticket)  # for functions under @gk.limit, and for the endpoint, to be told
             if place.dependant is not None:
-                _wrap(place.dependant, once=place.is_in_front)
-                if not place.is_in_front:
-                    place.dependant = None
+                _wrap(place.dependant)
+                place.dependant = None
             if ticket.is_open and not ticket.is_watched:
                 _end_with(ticket, connection)
         return ticket
@@ -94,18 +93,19 @@ class RateLimit:
         ticket: Any = scope.get("gatekeeper")
         if ticket is None:
             ticket = scope["gatekeeper"] = new_ticket(scope, self.keeper or keeper_for(scope))
-        elif self.keeper is not None or type(ticket) is OwnTicket:
+        elif self.keeper is not None or type(ticket) is OwnTicket or ticket.native is not scope:
             ticket = ticket_for(scope, self.keeper)
         gate = ticket.gate
         keeper = gate.keeper
         if place is None or place.keeper is not keeper:
             place = self._place(scope, keeper)
-        if gate.off or ticket.spared or place.rule in ticket.rules:
+        rule = place.rule
+        if gate.off or ticket.spared or (rule in ticket.rules and _has_passed(ticket, rule)):
             return ticket, place, True
         # As a preflight it may be free.
         if ticket.method == "OPTIONS" or keeper.awaits:
             return ticket, place, False
-        return ticket, place, gate.extend_at_once(ticket, place.rule, keeper.ask)
+        return ticket, place, gate.extend_at_once(ticket, rule, keeper.ask)
 
     def _place(self, scope: Any, keeper: Gatekeeper) -> "_Place":
         """That of a request's route."""
@@ -136,14 +136,13 @@ class RateLimit:
         place = _Place()
         place.key, place.router, place.keeper = key, scope.get("router"), keeper
         place.rule = self.guard.rule(keeper, label, template_of(leaf, key))
-        place.is_in_front = False
         place.dependant = None if scope["type"] == "websocket" else dependant
         if is_certain:
             if len(self._places) >= _MOST:
                 self._places.clear()
             self._places[id(key)] = place
             if scope["type"] == "http":
-                place.is_in_front = put_in_front(key, place.router, _may_go_first)
+                put_in_front(key, place.router, _may_go_first)
         return place
 
     def mark(self, dependant: Any) -> str:
@@ -158,6 +157,14 @@ class RateLimit:
         settings = self.guard.settings
         rates = settings.rate or [f"{settings.concurrency} at a time"]
         return f"<RateLimit {' '.join([*([self.guard.name] if self.guard.name else []), *rates])}>"
+
+
+def _has_passed(ticket: Ticket, rule: Rule) -> bool:
+    """Whether a request was let in by a rule. It may have been refused, and the application have gone on."""
+    return not any(
+        hit[0].rule is rule and not verdict.allowed and not rule.shadow  # type: ignore[attr-defined]
+        for hit, verdict in zip(ticket.hits, ticket.verdicts, strict=True)
+    )
 
 
 def limits_of(dependant: Any) -> list[RateLimit]:
@@ -187,7 +194,6 @@ class _Place:
 
     __slots__ = (
         "dependant",
-        "is_in_front",
         "keeper",
         "key",
         "router",
@@ -201,9 +207,6 @@ class _Place:
     dependant: Any
     """Whose call is still to be wrapped, where no middleware sees the response; else None."""
 
-    is_in_front: bool
-    """Whether requests are usually limited before FastAPI solves this dependency."""
-
 
 def _end_with(ticket: OwnTicket, connection: HTTPConnection) -> None:
     """End a ticket where dependencies with `yield` end: after the response was sent, or when it breaks off."""
@@ -213,8 +216,8 @@ def _end_with(ticket: OwnTicket, connection: HTTPConnection) -> None:
     connection.scope["fastapi_inner_astack"].push_async_exit(ticket.end)
 
 
-def _wrap(dependant: Any, *, once: bool) -> None:
-    """Have what an endpoint returns or raises tell of the request's ticket. `once`: until it has done so.
+def _wrap(dependant: Any) -> None:
+    """Have what an endpoint returns or raises tell of the request's ticket.
 
     FastAPI takes fields from a dependency's `response` for what it makes a response of, and not for a Response that
     the endpoint returns. The function of a route is looked up anew for each request.
@@ -230,10 +233,8 @@ def _wrap(dependant: Any, *, once: bool) -> None:
         @functools.wraps(call)
         async def told_async(*args: Any, **kwargs: Any) -> Any:
             ticket = CURRENT.get()
-            if type(ticket) is not OwnTicket or ticket.native is None:
+            if type(ticket) is not OwnTicket or ticket.native is None or ticket.is_seen:
                 return await call(*args, **kwargs)
-            if once and dependant.call is told:
-                dependant.call = call
             try:
                 result = await call(*args, **kwargs)
                 if isinstance(result, Response):
@@ -252,10 +253,8 @@ def _wrap(dependant: Any, *, once: bool) -> None:
         @functools.wraps(call)
         def told_sync(*args: Any, **kwargs: Any) -> Any:
             ticket = CURRENT.get()
-            if type(ticket) is not OwnTicket or ticket.native is None:
+            if type(ticket) is not OwnTicket or ticket.native is None or ticket.is_seen:
                 return call(*args, **kwargs)
-            if once and dependant.call is told:
-                dependant.call = call
             try:
                 result = call(*args, **kwargs)
                 if isinstance(result, Response):

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import anyio.from_thread
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketState
@@ -69,6 +70,11 @@ def limit(
             raise TypeError(f"limit: expected a function; put @limit below @{type(found).__name__}")
         elif not callable(found):
             raise TypeError(f"limit: expected an endpoint, not {type(found).__name__}")
+        elif hasattr(found, "include_router") and not isinstance(found, Starlette):
+            # FastAPI includes a router's routes, and never calls the router itself.
+            raise TypeError(
+                "limit: expected an endpoint; of a router: APIRouter(dependencies=[Depends(RateLimit(…))])"
+            )
         elif inspect.isroutine(inspect.unwrap(_whole(found))):
             limited = _function(found, post)
         else:
@@ -239,13 +245,16 @@ async def watch(ticket: OwnTicket, app: ASGIApp, scope: Scope, receive: Receive,
     except HTTPException as error:
         ticket.sent, ticket.ended = error.status_code, True  # which some handler will answer
         raise
+    except ClientDisconnect:  # nobody is there to be answered
+        raise
     except Exception:
         ticket.sent = 500
         raise
     finally:
         if ticket.is_open:
             await ticket.keeper.afinish(ticket)
-        ticket.native = None
+        # Scope and ticket, and tickets that stand within one another, hold each other.
+        ticket.native = ticket.outgoing = None
 
 
 class _Ended:

@@ -9,6 +9,7 @@ into it; it is only while a request is on its way from there that it begins behi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from itertools import takewhile
@@ -58,27 +59,29 @@ def whole(dependant: Any) -> list[Any]:
 class _Front:
     """A route's application behind its first limits."""
 
-    def __init__(
-        self, app: ASGIApp, limits: list[Limit], dependencies: _Dependencies, router: Any, overrider: Any
-    ) -> None:
-        self.app = app
-        self._limits = limits
+    def __init__(self, key: Any, first: list[Any], dependencies: _Dependencies, router: Any) -> None:
+        self.app: ASGIApp = key.app
+        self._dependant = key.dependant
         self._dependencies = dependencies
+        self._first = first
+        self._limits: list[Limit] = [one.call for one in first]
         self._router = router
-        self._overrider = overrider
+        self._overrider = key.dependency_overrides_provider
         self._places: dict[Limit, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        overrider = self._overrider
-        if scope.get("router") is not self._router or (overrider is not None and overrider.dependency_overrides):
-            token = _PASSED.set(None)
-            try:
-                await self.app(scope, receive, send)
-            finally:
-                _PASSED.reset(token)
+        overrider, dependencies = self._overrider, self._dependencies
+        if (
+            scope.get("router") is not self._router
+            or (overrider is not None and overrider.dependency_overrides)
+            or self._dependant.dependencies is not dependencies
+            or dependencies[: len(self._first)]
+            != self._first  # others were put before them, or they were taken away
+        ):
+            await _passing(None, self.app, scope, receive, send)
             return
         own: list[OwnTicket] = []
-        places = self._places
+        app, places = self.app, self._places
         try:
             for limit in self._limits:
                 ticket, place, is_charged = limit.decide(scope, places.get(limit))
@@ -89,23 +92,36 @@ class _Front:
                 if not is_charged:
                     await limit.charge(ticket, place, Request(scope, receive, send))
         except BaseException as error:
-            for ticket in own:
-                await ticket.end(type(error), error, None)
-            raise
-        app = self.app
+            app = _raising(error)
         if own:
             for ticket in own[:-1]:
                 app = partial(watch, ticket, app)
             if IN_USE:
                 CURRENT.set(own[-1])
-        token = _PASSED.set(self._dependencies)
-        try:
-            if own:
-                await watch(own[-1], app, scope, receive, send)
-            else:
-                await app(scope, receive, send)
-        finally:
+            app = partial(watch, own[-1], app)
+        await _passing(dependencies, app, scope, receive, send)
+
+
+async def _passing(
+    dependencies: _Dependencies | None, app: ASGIApp, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Run an application for a request that has passed the limits in front of these dependencies."""
+    token = _PASSED.set(dependencies)
+    try:
+        await app(scope, receive, send)
+    finally:
+        with suppress(ValueError):  # closed with its loop, and so not in its own context
             _PASSED.reset(token)
+
+
+def _raising(error: BaseException) -> ASGIApp:
+    """What answers an error as a route does whose dependency has raised it."""
+    from fastapi.routing import request_response
+
+    async def handler(request: Request) -> Any:
+        raise error
+
+    return request_response(handler)
 
 
 def put_in_front(key: Any, router: Any, may_go: Callable[[Any], bool]) -> bool:
@@ -117,19 +133,20 @@ def put_in_front(key: Any, router: Any, may_go: Callable[[Any], bool]) -> bool:
     dependant = getattr(key, "dependant", None)
     if dependant is None:  # Starlette's, which may be all there is
         return False
-    from fastapi.routing import APIRoute
+    from fastapi.routing import APIRoute, request_response
 
-    # Of a route with a way of its own to be handled nothing is known.
-    route = getattr(key, "original_route", key)
-    if getattr(type(route), "get_route_handler", None) is not APIRoute.get_route_handler:
-        return False
     if isinstance(key.app, _Front):
         return True
+    # Of a route with a way of its own to be handled, or with something around it, nothing is known.
+    route, code = getattr(key, "original_route", key), getattr(key.app, "__code__", None)
+    is_fastapis = getattr(type(route), "get_route_handler", None) is APIRoute.get_route_handler
+    if not is_fastapis or code is None or code not in request_response.__code__.co_consts:
+        return False
     dependencies = whole(dependant)
     first = list(takewhile(may_go, dependencies))
     if not first:
         return False
     # A new list: the request that is on its way is in the midst of the old one.
     dependant.dependencies = seen = _Dependencies(dependencies, first)
-    key.app = _Front(key.app, [one.call for one in first], seen, router, key.dependency_overrides_provider)
+    key.app = _Front(key, first, seen, router)
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from functools import cache, partial
-from typing import Any, Final
+from typing import Any, Final, cast
 from weakref import ref
 
 from starlette.exceptions import HTTPException, WebSocketException
@@ -16,6 +16,7 @@ from starlette.websockets import WebSocket, WebSocketState
 from gatekeeper.commands import Body, arun, run
 from gatekeeper.decorators import Guard, limited
 from gatekeeper.errors import Limited
+from gatekeeper.gate import Gate
 from gatekeeper.http.bodies import is_longer
 from gatekeeper.http.fields import Fields
 from gatekeeper.http.message import ScopeRequest
@@ -36,7 +37,7 @@ class OwnTicket(ScopeRequest, Ticket):
     is_watched = False  # whether its end is awaited
     is_seen = False  # whether what is sent for it passes us, so that nobody else need tell the client
     status: int | None = None  # of the response, where it is known before it is sent
-    outgoing: Send  # where what is sent goes on to
+    outgoing: Send | None = None  # where what is sent goes on to
 
     def forward(self, message: Message) -> Awaitable[None]:
         """What is sent, on its way out, where it passes us."""
@@ -58,6 +59,9 @@ class OwnTicket(ScopeRequest, Ticket):
                 message = {**message, "headers": headers}
         elif kind == "websocket.accept":
             self.sent, self.ended = 101, True
+        elif kind == "http.response.pathsend":  # a body that the server reads by itself
+            self.ended = True
+        assert self.outgoing is not None
         return self.outgoing(message)
 
     def tell(self, response: Response) -> None:
@@ -122,16 +126,28 @@ def ticket_for(scope: Any, keeper: Gatekeeper | None) -> Ticket:
         ticket = around
         while ticket is not None and isinstance(ticket, OwnTicket):
             ticket = ticket.outer
-        if ticket is not None:
+        if ticket is not None and _is_for(ticket, scope):
             return ticket
-        keeper = keeper_for(scope)
+        keeper = keeper_for(scope) if ticket is None else cast(Gate, ticket.gate).keeper
     if around is not None:
         ticket = around.under(keeper.gate)
-        if ticket is not None and ticket.native is not None:
+        if ticket is not None and _is_for(ticket, scope):
             return ticket
     made = scope["gatekeeper"] = new_ticket(scope, keeper)
     made.outer = around
     return made
+
+
+def _is_for(ticket: Ticket, scope: Any) -> bool:
+    """Whether a ticket is of the request of a scope.
+
+    Middleware hands copies of a scope on. But a copy for another path is another request: one that an endpoint
+    makes of its own application.
+    """
+    native = ticket.native
+    return native is scope or (
+        native is not None and ticket.path == scope["path"] and ticket.method == scope.get("method", "GET").upper()
+    )
 
 
 def new_ticket(scope: Any, keeper: Gatekeeper) -> OwnTicket:
