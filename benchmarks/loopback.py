@@ -147,6 +147,7 @@ def children(pid: int) -> list[int]:
 
 def only_child(parent: Running) -> int:
     """The process id of the one worker. Raises Unfit unless there is one child and no other."""
+    parent.wait_until(lambda: bool(children(parent.pid)))  # it may listen before it forks
     found = children(parent.pid)
     if len(found) != 1:
         parent.fail(f"has {len(found)} children and not one worker")

@@ -10,31 +10,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from unicodedata import normalize
 
+from gatekeeper.answers import Answers
 from gatekeeper.commands import Batch, Body, Call, Give, Hit, Hits, Limit, Read, Replies, Steps, Verdict, run
 from gatekeeper.errors import StoreError
 from gatekeeper.http.addresses import Address, Networks
 from gatekeeper.http.bodies import AmbiguousField, form_field, json_field, parsed_field
-from gatekeeper.http.fields import Fields, wants_problem
+from gatekeeper.http.fields import Fields
 from gatekeeper.http.message import Request
 from gatekeeper.http.parts import Part, as_text, bearer_token
 from gatekeeper.http.routes import Pattern, Router, Table
 from gatekeeper.identity import Identity
 from gatekeeper.ratelimit.fields import (
-    BANNED,
     DEFAULT_MANNER,
-    NO_SESSION,
     Manner,
-    common_fields,
-    older_fields,
-    own_body,
-    policy_field,
-    refusal_body,
-    retry_seconds,
 )
 from gatekeeper.ratelimit.rates import MOST
 from gatekeeper.ratelimit.rules import RateLimit, Rule, outcome_matches
 from gatekeeper.sessions.tokens import TokenError
-from gatekeeper.ticket import Charge, Refusal, Ticket, tightness
+from gatekeeper.ticket import Charge, Ticket
 from gatekeeper.upstreams.pool import Pool, Upstream
 
 if TYPE_CHECKING:
@@ -102,10 +95,10 @@ class Gate:
     """
 
     __slots__ = (
-        "_access", "_always", "_asks", "_claims", "_direct", "_hashes_user", "_identity", "_is_usual", "_leases",
-        "_manner", "_messages", "_most_body", "_overrides", "_policies", "_table", "_told", "_undone", "bearer",
-        "failures", "keeper", "off", "pin_cookies", "pin_fields", "reads_body", "reports", "route", "rules",
-        "sessions", "shadowed", "unpinned", "vouchers", "vouching",
+        "_access", "_always", "_asks", "_claims", "_direct", "_hashes_user", "_identity", "_leases", "_messages",
+        "_most_body", "_overrides", "_table", "_undone", "bearer", "close_code", "failures", "keeper", "off",
+        "pin_cookies", "pin_fields", "reads_body", "refusal", "reports", "respond", "respond_in_text", "route",
+        "rules", "sessions", "shadowed", "unpinned", "vouchers", "vouching",
     )  # fmt: skip
 
     def __init__(
@@ -143,9 +136,12 @@ class Gate:
         self.keeper: Any = None
         """Whose gate this is, for guards that find it by a request's ticket."""
         self._identity = identity
-        self._manner = manner
-        self._is_usual = manner.fields and manner.x_ratelimit is None
-        self._told = manner.fields or manner.x_ratelimit is not None
+        answers = Answers(manner)
+        self.respond = answers.respond
+        self.respond_in_text = answers.respond_in_text
+        self.refusal = answers.refusal
+        self.close_code = manner.close_code
+        """The close code of a WebSocket that a limit ends."""
         self._access = access
         self._leases = leases
         self._most_body = most_body
@@ -166,7 +162,6 @@ class Gate:
         """The fields of responses, in lower case, that tell the real cost of a request; for which rules."""
         # The claims that rules name, and so those that an application's rules may ask for, too.
         self._claims = sorted({name for rule in self.rules for name in rule.claims})
-        self._policies: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
 
     def address(self, request: Request) -> str:
         """The name under which the client is counted."""
@@ -187,11 +182,6 @@ class Gate:
     def trusts(self, peer: str | None) -> bool:
         """Whether a peer is a proxy whose word on the client is believed."""
         return self._identity.trusts(peer)
-
-    @property
-    def close_code(self) -> int:
-        """The close code of a WebSocket that a limit ends."""
-        return self._manner.close_code
 
     def admit(self, ticket: Ticket) -> Steps[int]:
         """Identify the client and charge the rules that match.
@@ -533,60 +523,6 @@ class Gate:
             self.unpinned[f"{destination.pool.name}:moved"] += 1
         return affinity.kept(held, upstream.id)
 
-    def respond(self, ticket: Ticket) -> Fields:
-        """The fields to add to a response, before its head is sent.
-
-        `RateLimit` of the charge closest to exhaustion, and `RateLimit-Policy` of all that applied.
-        """
-        hits = ticket.hits
-        if len(hits) == 1 and self._is_usual and (alone := hits[0][0].alone) is not None:  # type: ignore[attr-defined]
-            verdict = ticket.verdicts[0]
-            seconds = (verdict.reset_ns + 999_999_999) // 1_000_000_000
-            return [(b"ratelimit", alone[0] % (verdict.remaining, seconds)), alone[1]]
-        if not hits or not self._told:
-            return []
-        place, verdicts, rules = 0, ticket.verdicts, ticket.rules
-        if len(hits) > 1:
-            places = [place for place, hit in enumerate(hits) if hit[0].told]  # type: ignore[attr-defined]
-            if not places:
-                return []
-            place = min(places, key=lambda place: tightness(verdicts[place]))
-        limit, verdict = hits[place][0], verdicts[place]
-        if not limit.told:  # type: ignore[attr-defined]  # a gate asks only of RateLimits
-            return []
-        older = [] if self._manner.x_ratelimit is None else older_fields(verdict, self._manner)
-        if not self._manner.fields:
-            return older
-        # Seconds are rounded up: what `t` promises is there when it has passed.
-        seconds = (verdict.reset_ns + 999_999_999) // 1_000_000_000
-        return [
-            (b"ratelimit", limit.item % (verdict.remaining, seconds)),  # type: ignore[attr-defined]
-            self._policies.get(rules) or self._policy(ticket),
-            *older,
-        ]
-
-    def respond_in_text(self, ticket: Ticket) -> list[tuple[str, str]]:
-        """As `respond`, for homes whose fields are texts."""
-        hits = ticket.hits
-        if len(hits) == 1 and self._is_usual and (alone := hits[0][0].alone_in_text) is not None:  # type: ignore[attr-defined]
-            verdict = ticket.verdicts[0]
-            seconds = (verdict.reset_ns + 999_999_999) // 1_000_000_000
-            return [("ratelimit", alone[0] % (verdict.remaining, seconds)), alone[1]]
-        return [(name.decode(), value.decode()) for name, value in self.respond(ticket)]
-
-    def _policy(self, ticket: Ticket) -> tuple[bytes, bytes]:
-        key: tuple[Any, ...] = ticket.rules
-        if not all(rule.is_plain for rule in ticket.rules):
-            key = tuple(dict.fromkeys(hit[0] for hit in ticket.hits if hit[0].told))  # type: ignore[attr-defined]
-        policy = self._policies.get(key)
-        if policy is None:
-            # There are as many as ways through decorated functions: few, but a body may choose its way.
-            if len(self._policies) >= 1024:
-                self._policies.clear()
-            limits = [limit for one in key for limit in (one.limits if isinstance(one, Rule) else [one])]
-            policy = self._policies[key] = policy_field(limits)
-        return policy
-
     def save(self, ticket: Ticket) -> Steps[Fields]:
         """Write the session of a request before the head of its response is sent: the fields to add to it.
 
@@ -645,31 +581,6 @@ class Gate:
         for local, (gives, resets, takes) in batches.items():
             if gives or resets or takes:
                 yield Batch(gives=gives, resets=resets, takes=takes, local=local)
-
-    def refusal(self, ticket: Ticket, verdict: Verdict | None = None) -> Refusal:
-        """The answer to a request whose ticket is not allowed, or that `verdict` of another limit refused."""
-        manner = self._manner
-        refused = [charge for charge in ticket.charges if not charge.verdict.allowed and not charge.limit.shadow]
-        status = ticket.refused or 429
-        verdicts = [charge.verdict for charge in refused]
-        retry = retry_seconds([verdict] if verdict is not None and not verdicts else verdicts)
-        if status not in (429, 503):
-            retry = None
-        elif retry is not None and manner.jitter:
-            retry += round(manner.draw() * manner.jitter)
-        violated = list(dict.fromkeys(charge.limit.name for charge in refused))
-        if manner.body is not None:
-            kind, body = own_body(manner, violated, retry, status)
-        else:
-            told: tuple[str | None, str, str] | None = None
-            if status == 429 and any(charge.limit.kind == "penalty" for charge in refused):
-                told = BANNED
-            elif status == 503 and ticket.session is not None and ticket.session.failure is not None:
-                told = NO_SESSION
-            problem = wants_problem(ticket.field("accept"))
-            kind, body = refusal_body(violated, retry, status=status, problem=problem, told=told)
-        refusal = Refusal(status, common_fields(retry, kind, body) + self.respond(ticket), body)
-        return refusal if manner.handler is None else handled(manner.handler, ticket, refusal)
 
     def _ask_user(self, ticket: Ticket) -> Steps[None]:
         identity = self._identity
@@ -800,14 +711,6 @@ def _again(ticket: Ticket, hits: list[Hit]) -> list[Give]:
                 verdict.receipt = None
                 hits[place] = limit, key, max(cost, spent)
     return gives
-
-
-def handled(handler: Callable[[Any, Any], Any], ticket: Ticket, refusal: Refusal) -> Refusal:
-    """What a handler of the settings makes of a refusal. Raises TypeError unless it is a Refusal."""
-    answer = handler(ticket, refusal)
-    if not isinstance(answer, Refusal):
-        raise TypeError(f"response.handler: expected a Refusal to be returned, and not {type(answer).__name__}")
-    return answer
 
 
 def _reports(rules: Iterable[Rule]) -> dict[str, tuple[str, ...]]:

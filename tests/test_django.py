@@ -215,6 +215,13 @@ def test_the_language_of_a_route_makes_no_quota_of_its_own() -> None:
         ]
 
 
+def test_a_request_spends_the_quota_of_a_name_once_whoever_asks_for_it() -> None:
+    once = limit("3/minute", name="default")
+    with site(path("", once(hello)), path("a", once(ahello)), policy=rule("3/minute", name="default")):
+        assert statuses("/", 4) == [200, 200, 200, 429]
+        assert statuses("/a", 4, B) == [200, 200, 200, 429]
+
+
 def test_a_limit_may_count_by_a_parameter_of_the_path() -> None:
     limited = limit("2/minute", key=["ip", "param:pk"])
     with site(

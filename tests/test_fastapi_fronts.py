@@ -547,7 +547,7 @@ def test_requests_leave_nothing_for_the_garbage_collector() -> None:
         try:
             for _ in range(20):
                 assert await posted(app, "/a", b"") == 429
-            return sum(isinstance(one, OwnTicket) and one.keeper in keepers for one in gc.get_objects())
+            return sum(type(one) is OwnTicket and one.keeper in keepers for one in gc.get_objects())
         finally:
             gc.enable()
 

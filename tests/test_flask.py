@@ -721,6 +721,18 @@ def test_a_host_or_subdomain_is_of_the_route() -> None:
         assert answers == [200, 200, 429]
 
 
+def test_a_request_spends_the_quota_of_a_name_once_whoever_asks_for_it() -> None:
+    app = bare()
+    gk = Gatekeeper(app, {"limits": [{"name": "x", "rate": "4/minute"}]})
+    view = gk.limit("4/minute", name="x")(gk.limit("2/minute", name="x")(lambda: "x"))
+    app.add_url_rule("/x", "x", view)
+    app.add_url_rule("/y", "y", lambda: "y")
+    client = app.test_client()
+    assert statuses(client, "/x", 3) == [200, 200, 429]
+    assert ask(client, "/y", B).headers["RateLimit-Policy"] == '"x";q=4;w=60'
+    assert statuses(client, "/y", 4, B) == [200, 200, 200, 429]
+
+
 def test_a_limit_may_count_by_a_parameter_of_the_path() -> None:
     app = bare()
     gk = Gatekeeper(app)

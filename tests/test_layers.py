@@ -15,7 +15,7 @@ FLOORS: Final[dict[str, int]] = {
         (
             "errors http keys commands",
             "identity ratelimit sessions affinity upstreams",
-            "gate ticket",
+            "gate answers ticket",
             "stores proxy jwks",
             "settings storage upkeep keyfiles user_sessions keeper limiter decorators",
             "asgi coverage gateway quotas testing wsgi",
