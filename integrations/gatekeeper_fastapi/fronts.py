@@ -9,7 +9,6 @@ into it; it is only while a request is on its way from there that it begins behi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from itertools import takewhile
@@ -38,17 +37,12 @@ class Limit(Protocol):
 class _Dependencies(list[Any]):
     """What a route depends on. A request that has passed its first limits sees the rest alone."""
 
-    def __init__(self, whole: list[Any], passed: list[Any]) -> None:
+    def __init__(self, whole: list[Any], passed: int) -> None:
         super().__init__(whole)
-        self._passed = passed  # kept, since an id is good only that long
-        self._ids = frozenset(map(id, passed))
+        self._passed = passed
 
     def __iter__(self) -> Iterator[Any]:
-        everything = super().__iter__()
-        if _PASSED.get() is not self:
-            return everything
-        ids = self._ids
-        return iter([one for one in everything if id(one) not in ids])  # others may have been added since
+        return iter(self[self._passed :]) if _PASSED.get() is self else super().__iter__()
 
 
 def whole(dependant: Any) -> list[Any]:
@@ -64,54 +58,50 @@ class _Front:
         self._dependant = key.dependant
         self._dependencies = dependencies
         self._first = first
+        self._slice = slice(len(first))
         self._limits: list[Limit] = [one.call for one in first]
         self._router = router
         self._overrider = key.dependency_overrides_provider
         self._places: dict[Limit, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        overrider, dependencies = self._overrider, self._dependencies
-        if (
+        overrider, dependencies, app = self._overrider, self._dependencies, self.app
+        own: list[OwnTicket] = []
+        stays = (
             scope.get("router") is not self._router
             or (overrider is not None and overrider.dependency_overrides)
             or self._dependant.dependencies is not dependencies
-            or dependencies[: len(self._first)]
-            != self._first  # others were put before them, or they were taken away
-        ):
-            await _passing(None, self.app, scope, receive, send)
-            return
-        own: list[OwnTicket] = []
-        app, places = self.app, self._places
-        try:
-            for limit in self._limits:
-                ticket, place, is_charged = limit.decide(scope, places.get(limit))
-                places[limit] = place
-                if type(ticket) is OwnTicket and not ticket.is_seen:
-                    ticket.is_seen = True
-                    own.append(ticket)
-                if not is_charged:
-                    await limit.charge(ticket, place, Request(scope, receive, send))
-        except BaseException as error:
-            app = _raising(error)
-        if own:
-            for ticket in own[:-1]:
-                app = partial(watch, ticket, app)
-            if IN_USE:
+            or dependencies[self._slice] != self._first  # others were put before, or these taken away
+        )
+        if not stays:
+            places = self._places
+            try:
+                for limit in self._limits:
+                    ticket, place, is_charged = limit.decide(scope, places.get(limit))
+                    places[limit] = place
+                    if type(ticket) is OwnTicket and not ticket.is_seen:
+                        ticket.is_seen = True
+                        own.append(ticket)
+                    if not is_charged:
+                        await limit.charge(ticket, place, Request(scope, receive, send))
+            except BaseException as error:
+                app = _raising(error)
+            if len(own) > 1:
+                for ticket in own[:-1]:
+                    app = partial(watch, ticket, app)
+            if own and IN_USE:
                 CURRENT.set(own[-1])
-            app = partial(watch, own[-1], app)
-        await _passing(dependencies, app, scope, receive, send)
-
-
-async def _passing(
-    dependencies: _Dependencies | None, app: ASGIApp, scope: Scope, receive: Receive, send: Send
-) -> None:
-    """Run an application for a request that has passed the limits in front of these dependencies."""
-    token = _PASSED.set(dependencies)
-    try:
-        await app(scope, receive, send)
-    finally:
-        with suppress(ValueError):  # closed with its loop, and so not in its own context
-            _PASSED.reset(token)
+        passed = _PASSED.set(None if stays else dependencies)
+        try:
+            if own:
+                await watch(own[-1], app, scope, receive, send)
+            else:
+                await app(scope, receive, send)
+        finally:
+            try:  # noqa: SIM105  # suppress() is three calls more for each request
+                _PASSED.reset(passed)
+            except ValueError:  # closed with its loop, and so not in its own context
+                pass
 
 
 def _raising(error: BaseException) -> ASGIApp:
@@ -147,6 +137,6 @@ def put_in_front(key: Any, router: Any, may_go: Callable[[Any], bool]) -> bool:
     if not first:
         return False
     # A new list: the request that is on its way is in the midst of the old one.
-    dependant.dependencies = seen = _Dependencies(dependencies, first)
+    dependant.dependencies = seen = _Dependencies(dependencies, len(first))
     key.app = _Front(key, first, seen, router)
     return True

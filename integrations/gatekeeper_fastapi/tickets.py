@@ -52,7 +52,7 @@ class OwnTicket(ScopeRequest, Ticket):
             fields = self.gate.respond(self)
             if fields:
                 headers = list(message.get("headers", ()))
-                if fields[0][0] in dict(headers):
+                if fields[0][0] in dict(headers):  # a refusal's, or those of a Response that was sent before
                     tell(headers, fields)
                 else:
                     headers += fields
@@ -61,8 +61,7 @@ class OwnTicket(ScopeRequest, Ticket):
             self.sent, self.ended = 101, True
         elif kind == "http.response.pathsend":  # a body that the server reads by itself
             self.ended = True
-        assert self.outgoing is not None
-        return self.outgoing(message)
+        return self.outgoing(message)  # type: ignore[misc]  # it is there as long as anything is sent
 
     def tell(self, response: Response) -> None:
         """Put the fields of this ticket on a response, in the place of earlier ones."""
