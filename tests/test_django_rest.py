@@ -14,7 +14,7 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ImproperlyConfigured
 from django.test import RequestFactory
-from django.urls import include, path
+from django.urls import include, path, resolve
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.decorators import api_view, throttle_classes
 from rest_framework.request import Request
@@ -26,6 +26,7 @@ from rest_framework.viewsets import ViewSet
 import gatekeeper_django
 from gatekeeper.testing import disabled
 from gatekeeper_django import limit
+from gatekeeper_django.decorators import limits_of
 from gatekeeper_django.rest import GatekeeperThrottle
 from tests.scenarios import A, B
 from tests.test_django import BOTH, client, heard, logged, site
@@ -147,6 +148,7 @@ def test_function_views_viewsets_and_routers_are_limited() -> None:
             client().get("/f").status_code,
         ] == [200, 200, 429]
         assert [client().get("/d").status_code for _ in range(2)] == [200, 429]
+        assert [one.limit.guard.settings.rate for one in limits_of(resolve("/d").func)] == [["1/minute"]]
         assert client(B).get("/d").status_code == 200
         assert [client().get("/api/items/").status_code for _ in range(3)] == [200, 200, 429]
         assert [client().get(f"/api/items/{pk}/").status_code for pk in (1, 2)] == [200, 429]

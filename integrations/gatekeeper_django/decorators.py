@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
@@ -279,7 +280,9 @@ def limits_of(view: Any) -> list[Placed]:
     if cls is not None:
         placed += [(one, _name(cls)) for one in getattr(getattr(cls, "dispatch", None), MARK, ())]
         for method in getattr(cls, "http_method_names", ()):
-            placed += [(one, f"{_name(cls)}.{method}") for one in getattr(getattr(cls, method, None), MARK, ())]
+            handler = getattr(cls, method, None)
+            placed += [(one, f"{_name(cls)}.{method}") for one in getattr(handler, MARK, ())]
+            placed += [(one, one.label) for one in getattr(_below_api_view(handler), MARK, ())]
         throttles = [getattr(one, "limit", None) for one in getattr(cls, "throttle_classes", ())]
         placed += [(Placed(one, _name(cls)), "") for one in throttles if isinstance(one, Limit)]
     limits: dict[Limit, Placed] = {}
@@ -288,6 +291,13 @@ def limits_of(view: Any) -> list[Placed]:
         known = Placed(one.limit, label) if _TRIAL in one.label else one
         limits.setdefault(one.limit, known)
     return list(limits.values())
+
+
+def _below_api_view(handler: Any) -> Any:
+    """The function that the REST framework's `api_view` calls: its class has nothing of it but its name."""
+    if getattr(handler, "__module__", None) != "rest_framework.decorators":
+        return None
+    return inspect.getclosurevars(handler).nonlocals.get("func")
 
 
 _TRIAL: Final = "_update_method_wrapper.<locals>"
