@@ -89,6 +89,32 @@ def test_check_warns_of_what_is_risky_about_the_settings(monkeypatch: pytest.Mon
     assert run(app, "check", "--workers", "0").exit_code == 2
 
 
+def test_check_warns_of_a_limit_above_its_route() -> None:
+    app = Flask("shop", static_folder=None)
+    gk = Gatekeeper(app, {"limits": [{"name": "all", "rate": "9/minute"}]})
+
+    @gk.limit("1/minute")
+    @app.route("/wrong")
+    def wrong() -> str:
+        return "wrong"
+
+    @app.route("/right")
+    @gk.limit("1/minute")
+    def right() -> str:
+        return "right"
+
+    label = f"{__name__}.{wrong.__qualname__}"
+    line = f"warning: {label}: its limit stands above its route and limits nothing: put it below\n"
+    assert run(app, "check").stderr == line
+    client = app.test_client()
+    assert [client.get(path).status_code for path in ("/wrong", "/wrong", "/right", "/right")] == [
+        200,
+        200,
+        200,
+        429,
+    ]
+
+
 def test_check_warns_of_a_login_that_is_open_while_the_store_does_not_answer(tmp_path: Path) -> None:
     app, _ = shop(store={"url": f"shared://{tmp_path}/counters", "on_error": "allow"})
     told = run(app, "check").stderr

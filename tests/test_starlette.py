@@ -487,6 +487,30 @@ def test_check_warns_of_what_is_risky(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.startswith("/login.on_error: ")
 
 
+wrong_way_round = FastAPI(openapi_url=None, dependencies=[Depends(RateLimit("9/minute"))])
+
+
+@limit("1/minute")
+@wrong_way_round.get("/wrong")
+async def wrong() -> str:
+    return "wrong"
+
+
+@wrong_way_round.get("/right")
+@limit("1/minute")
+async def right() -> str:
+    return "right"
+
+
+def test_check_warns_of_a_limit_above_its_route() -> None:
+    assert check(wrong_way_round).warnings == (
+        f"{__name__}.wrong: its limit stands above its route and limits nothing: put it below",
+    )
+    limit("1/minute")(page)
+    app = Starlette(routes=[Route("/a", page)])
+    assert [line.partition(":")[0] for line in check(app).warnings] == ["GET /a"], "but that nothing limits it"
+
+
 def test_check_warns_of_rules_without_middleware_and_of_its_place() -> None:
     app = Starlette(routes=[Route("/a", limit("1/minute")(page))])
     app.state.gatekeeper = Gatekeeper({"limits": [{"name": "all", "rate": "5/minute"}]})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
+from weakref import WeakSet
 
 import anyio.from_thread
 from starlette.applications import Starlette
@@ -33,6 +35,9 @@ from gatekeeper_fastapi.tickets import (
 )
 
 T = TypeVar("T")
+
+_LIMITED: Final[WeakSet[Any]] = WeakSet()
+"""The functions that `limit` has made."""
 
 _NO_REQUEST: Final = (
     "limit: there is no request to be seen: give the function a parameter for it, add GatekeeperMiddleware, or use "
@@ -77,12 +82,35 @@ def limit(
             )
         elif inspect.isroutine(inspect.unwrap(_whole(found))):
             limited = _function(found, post)
+            _LIMITED.add(limited)
         else:
             limited = _Limited(found, post)
         limited.__gatekeeper__ = (*earlier, guard)
         return cast(T, limited)
 
     return decorate
+
+
+def idle(endpoints: Iterable[Any]) -> Iterator[str]:
+    """The names of the endpoints, of these, whose limit stands above their route: what is below it is called.
+
+    It is a decorator's doing only where the limited function has the name in its module: who limits a function for
+    one application may have it as it is in another.
+    """
+    called = list(endpoints)
+    used = {id(one) for endpoint in called for one in _chain(endpoint)}
+    ends = {id(endpoint) for endpoint in called}
+    for function in list(_LIMITED):
+        named = getattr(sys.modules.get(function.__module__), function.__name__, None)
+        if named is function and id(function) not in used and any(id(one) in ends for one in _chain(function)):
+            yield label_of(function)
+
+
+def _chain(function: Any) -> Iterator[Any]:
+    """A function, and those that it wraps."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
 
 
 def _whole(function: Any) -> Any:

@@ -16,6 +16,7 @@ from gatekeeper.decorators import Guard
 from gatekeeper.keeper import Gatekeeper
 from gatekeeper.settings import LimitSettings, warnings
 from gatekeeper_fastapi.dependency import limits_of
+from gatekeeper_fastapi.endpoints import idle
 from gatekeeper_fastapi.places import Leaf, label_of, leaves
 from gatekeeper_fastapi.tickets import keeper_for
 
@@ -66,7 +67,9 @@ def check(app: Any, *, workers: int | None = None) -> Report:
     covered: list[Covered] = []
     bare: list[RouteInfo] = []
     guards: list[tuple[str, LimitSettings]] = []
+    ends: list[Any] = []
     for leaf in leaves(app):
+        ends.append(leaf.endpoint)
         if leaf.is_mount or (leaf.methods is not None and leaf.endpoint is None and leaf.dependant is None):
             continue
         keepers = [policies.keeper(one) for one in leaf.around if not isinstance(one, Guard)]
@@ -89,6 +92,7 @@ def check(app: Any, *, workers: int | None = None) -> Report:
         if not policies.seen and keeper.settings.limits:
             lines.append("limits: they are for GatekeeperMiddleware, which the application has not")
     lines += _standing(app)
+    lines += [f"{label}: its limit stands above its route and limits nothing: put it below" for label in idle(ends)]
     lines += [f"{_methods(route)} {route.path}: no limit is for it" for route in bare]
     return Report(tuple(covered), tuple(bare), tuple(dict.fromkeys(lines)))
 

@@ -249,6 +249,14 @@ class Gatekeeper:
             return True
         return any(function in self._exempted for function in _chain(app.view_functions.get(endpoint)))
 
+    def idle(self, app: Flask) -> Iterator[Place]:
+        """The limits that stand above the route of their view: Flask calls what is below them."""
+        called = {id(function) for view in app.view_functions.values() for function in _chain(view)}
+        views = {id(view) for view in app.view_functions.values()}
+        for function, place in self._limited.items():
+            if id(function) not in called and any(id(one) in views for one in _chain(function)):
+                yield place
+
     def places(self, app: Flask, endpoint: str) -> Iterator[Place]:
         """The limits of an endpoint: of its blueprints, of its function, of the methods of its class."""
         if not self.exempts(app, endpoint):

@@ -46,6 +46,8 @@ def warned(home: Home, workers: int | None) -> Iterator[str]:
     for one, why in covered(home):
         if not one.rules and not why:
             yield f"{one.route.path} ({one.route.name}): no rule covers it"
+    for place in home.extension.idle(home.flask):
+        yield f"{place.label}: its limit stands above its route and limits nothing: put it below"
     yield from risks(home.keeper.settings, workers=workers, guards=_guards(home))
 
 
