@@ -697,20 +697,27 @@ def _add_shared(hits: list[Hit], ticket: Ticket, limit: RateLimit, key: str, cos
         hits.append(hit)
 
 
-def _again(ticket: Ticket, hits: list[Hit]) -> list[Give]:
+def _again(ticket: Ticket, hits: list[Any]) -> list[Give]:
     """What a request has been charged to the very quotas of these hits, by other rules of that name.
 
     It is to be given back as they are charged, each with the greater cost: a request spends a quota once.
     """
     gives: list[Give] = []
+    charges = ticket.charges if ticket.hits else []
     for place, (limit, key, cost) in enumerate(hits):
-        for (other, held, spent), verdict in zip(ticket.hits, ticket.verdicts, strict=True):
-            is_one = other.space == limit.space and held == key and other.rule is not limit.rule  # type: ignore[attr-defined]
-            if is_one and verdict.receipt is not None and not limit.rule.is_shared and other.standin is not None:  # type: ignore[attr-defined]
+        for other, held, spent, verdict in charges:
+            if held == key and verdict.receipt is not None and _is_other_for_one_quota(other, limit):
                 gives.append((other, held, spent, verdict.receipt))
                 verdict.receipt = None
                 hits[place] = limit, key, max(cost, spent)
     return gives
+
+
+def _is_other_for_one_quota(other: RateLimit, limit: RateLimit) -> bool:
+    if other.space != limit.space or other.rule is limit.rule or limit.rule.is_shared or other.standin is None:
+        return False
+    # A token of `gcra` weighs what its rate says: of two rates the lighter would let too much in.
+    return limit.kind != "gcra" or other.numbers == limit.numbers
 
 
 def _reports(rules: Iterable[Rule]) -> dict[str, tuple[str, ...]]:

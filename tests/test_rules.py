@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -567,6 +568,29 @@ def test_of_different_costs_in_one_scope_the_greatest_is_charged_once_whatever_t
     assert [hit[2] for hit in ticket.hits] == [5, 5]
     assert [verdict.remaining for verdict in ticket.verdicts] == [5, 5]
     assert policy.admitted(9) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["sliding_window", "sliding_counter", "fixed_window", "gcra"])
+def test_rules_of_one_name_let_as_much_in_as_the_least_of_them_and_each_request_counts_once(algorithm: str) -> None:
+    for amounts in itertools.permutations((2, 3, 5)):
+        policy = Policy({"name": "x", "rate": f"{amounts[0]}/minute", "algorithm": algorithm})
+        rules = [
+            Guard(f"{amount}/minute", "x", {"algorithm": algorithm}).rule(policy.keeper, "f")
+            for amount in amounts[1:]
+        ]
+
+        def passes(peer: str, policy: Policy = policy, rules: list[Any] = rules) -> bool:
+            ticket = policy.begin(peer=peer)
+            gate, ask = policy.keeper.gate, policy.keeper.ask
+            return not ticket.refused and all(
+                gate.extend_at_once(ticket, rule, ask) or not run(gate.extend(ticket, (rule,)), ask)
+                for rule in rules
+            )
+
+        for peer in ("192.0.2.1", "192.0.2.2"):
+            passed = sum(passes(peer) for _ in range(9))
+            # Tokens of rates that differ weigh differently: each is charged, so that it may be less.
+            assert passed == 2 or (algorithm == "gcra" and passed < 2), amounts
 
 
 def test_a_function_in_a_scope_charges_what_its_cost_is_above_what_the_request_was_charged() -> None:
